@@ -1,0 +1,40 @@
+"""Which small part of a shared network does the work of a task? See README.md.
+
+Names are imported when they are first used, so that `import heads` and the command line stay quick.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "models",
+    "Study": "study",
+    "HeadScores": "scores",
+    "random_heads": "scores",
+    "ablate": "ablation",
+    "head_means": "ablation",
+    "Conditions": "decode",
+    "decode_rows": "decode",
+    "prefill": "decode",
+    "head_outputs": "anatomy",
+    "output_projection": "anatomy",
+    "retrieval_scores": "retrieval",
+}
+_MODULES = ("anatomy", "checks", "models", "papers", "plot", "tasks")
+
+__all__ = [*sorted(_HOME), *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"heads.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"heads.{name}")
+    raise AttributeError(f"module 'heads' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

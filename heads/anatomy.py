@@ -1,0 +1,351 @@
+"""One vocabulary for every architecture.
+
+Every supported model answers to the same names inside an nnsight trace:
+
+    model.layers[i].attn.q       [batch, position, head, d_head]     after norms and rotary embedding
+    model.layers[i].attn.k .v    [batch, key, kv_head, d_head]       cached positions included
+    model.layers[i].attn.pattern [batch, head, query, key]
+    model.layers[i].attn.heads   [batch, position, head, d_head]     what enters the output projection
+    model.layers[i].mlp  .layers[i].output (residual stream)  .final_norm  .unembed  .logits
+
+They are read in this order, and all of them may be edited in place or assigned. A head is what
+enters the output projection, never a slice of what leaves it: after the projection the heads are
+mixed, and a slice of the sum is no head's.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import dataclass
+
+import torch
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.eproperty import eproperty
+from nnsight.intervention.interleaver import Mediator
+
+from heads.attention import pattern as attention_pattern
+
+Head = tuple[int, int]
+
+
+class Located(eproperty):
+    """An eproperty whose place differs between architectures: its key names an attribute of the
+    envoy that holds the path below the attention module."""
+
+    def _location(self, obj):
+        return f"{obj.path}.{getattr(obj, self.key)}"
+
+
+def _edited(view: torch.Tensor, version) -> bool:
+    # an inference tensor counts no versions: take it as edited, which is always correct
+    return version is None or view._version != version
+
+
+def _version(view: torch.Tensor):
+    return None if view.is_inference() else view._version
+
+
+class Attention(Envoy):
+    """The attention module of one layer, with its heads. See the module's docstring for shapes."""
+
+    # set by `bind` for each layer
+    call_input: str  # the attention call inside the forward: (module, q, k, v, mask), {scaling, ...}
+    proj_input: str  # the input of the output projection
+    n_heads: int
+
+    def _qkv(self, value, which: int) -> torch.Tensor:
+        args, kwargs = value
+        if which != 1 and kwargs.get("shared_prefix") is not None:
+            raise NotImplementedError(
+                "keys and values of a batch of conditions are shared and cannot be read one by one; "
+                "read q, pattern or heads, or run the condition alone with heads.ablate(...)"
+            )
+        # keys and values belong to the KV cache: hand out a copy, so that an edit stays in this pass
+        return (args[which] if which == 1 else args[which].clone()).transpose(1, 2)
+
+    @staticmethod
+    def _put(value, which: int, view: torch.Tensor):
+        args, kwargs = value
+        return (*args[:which], view.transpose(1, 2), *args[which + 1 :]), kwargs
+
+    def _raw(self, prop: Located):
+        return Mediator.value(prop._location(self))
+
+    @Located(key="call_input", description="queries [batch, position, head, d_head], as they meet the keys")
+    def q(self, value) -> torch.Tensor:
+        return self._qkv(value, 1)
+
+    @q.transform
+    def q(self, view, raw):
+        return self._put(raw, 1, view)
+
+    @q.postprocess
+    def q(self, value):
+        return self._put(self._raw(Attention.q), 1, value)
+
+    @Located(key="call_input", description="keys [batch, key, kv_head, d_head], cached ones included")
+    def k(self, value) -> torch.Tensor:
+        return self._qkv(value, 2)
+
+    @k.transform
+    def k(self, view, raw):
+        return self._put(raw, 2, view)
+
+    @k.postprocess
+    def k(self, value):
+        return self._put(self._raw(Attention.k), 2, value)
+
+    @Located(key="call_input", description="values [batch, key, kv_head, d_head], cached ones included")
+    def v(self, value) -> torch.Tensor:
+        return self._qkv(value, 3)
+
+    @v.transform
+    def v(self, view, raw):
+        return self._put(raw, 3, view)
+
+    @v.postprocess
+    def v(self, value):
+        return self._put(self._raw(Attention.v), 3, value)
+
+    @Located(key="call_input", description="attention pattern [batch, head, query, key]; rows sum to one")
+    def pattern(self, value) -> torch.Tensor:
+        (module, q, k, _, mask), kwargs = value[0][:5], value[1]
+        weights = attention_pattern(module, q, k, mask, **kwargs)
+        self.__dict__["_pattern_version"] = _version(weights)
+        return weights
+
+    @pattern.transform
+    def pattern(self, view, raw):
+        # A pattern that was only read leaves the pass to SDPA, to the bit.
+        if not _edited(view, self.__dict__.get("_pattern_version")):
+            return raw
+        return raw[0], {**raw[1], "pattern_override": view}
+
+    @pattern.postprocess
+    def pattern(self, value):
+        args, kwargs = self._raw(Attention.pattern)
+        return args, {**kwargs, "pattern_override": value}
+
+    @Located(key="proj_input", description="heads [batch, position, head, d_head], before the output projection")
+    def heads(self, value) -> torch.Tensor:
+        x = value[0][0]
+        return x.view(*x.shape[:-1], self.n_heads, -1)
+
+    @heads.transform
+    def heads(self, view, raw):
+        return (view.flatten(-2), *raw[0][1:]), raw[1]
+
+    @heads.postprocess
+    def heads(self, value):
+        args, kwargs = self._raw(Attention.heads)
+        return (value.flatten(-2), *args[1:]), kwargs
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where one architecture keeps what the vocabulary names (dotted paths)."""
+
+    layers: str
+    final_norm: str
+    unembed: str
+    attn: str = "self_attn"
+    mlp: str = "mlp"
+    call: str = ""  # submodule of `attn` whose forward makes the attention call, "" for attn itself
+    proj: str = "o_proj"  # output projection, below `attn`
+    encoder: bool = False
+
+
+_LLAMA = Names("model.layers", "model.norm", "lm_head")
+FAMILIES: dict[str, Names] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": Names("transformer.h", "transformer.ln_f", "lm_head", attn="attn", proj="c_proj"),
+    "gpt_neox": Names("gpt_neox.layers", "gpt_neox.final_layer_norm", "lm_head", attn="attention", proj="dense"),
+    "bert": Names(
+        "bert.encoder.layer", "cls.predictions.transform", "cls.predictions.decoder",
+        attn="attention", call="self", proj="output.dense", mlp="E_output.dense", encoder=True,
+    ),
+    "modernbert": Names("model.layers", "model.final_norm", "decoder", attn="attn", proj="Wo", encoder=True),
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Counts of a model's parts. `windows[i]` is the sliding window of layer i in tokens, None where
+    the layer sees everything."""
+
+    family: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_model: int
+    windows: tuple[int | None, ...]
+    encoder: bool = False
+
+    def __str__(self):
+        kv = "" if self.n_kv_heads == self.n_heads else f" ({self.n_kv_heads} key-value heads)"
+        local = sum(w is not None for w in self.windows)
+        windows = f", {local} layers with a sliding window of {min(w for w in self.windows if w)}" if local else ""
+        return f"{self.family}: {self.n_layers} layers x {self.n_heads} heads{kv}, d_head {self.d_head}{windows}"
+
+    __repr__ = __str__
+
+    @property
+    def n(self) -> int:
+        """Number of heads in the whole model."""
+        return self.n_layers * self.n_heads
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers without a sliding window: the only ones that can look arbitrarily far back."""
+        return [i for i, w in enumerate(self.windows) if w is None]
+
+    def check(self, heads) -> list[Head]:
+        """The heads as a sorted list of (layer, head) without repeats.
+
+        Raises:
+            TypeError: if an entry is not a pair of integers.
+            IndexError: if one does not exist; the message says how many there are.
+        """
+        for pair in heads:
+            try:
+                layer, head = pair
+                layer, head = int(layer), int(head)
+            except (TypeError, ValueError):
+                raise TypeError(f"a head is a pair (layer, head), got {pair!r}") from None
+            if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
+                raise IndexError(
+                    f"head ({layer}, {head}) does not exist: the model has layers 0 to {self.n_layers - 1} "
+                    f"with heads 0 to {self.n_heads - 1} each"
+                )
+        return sorted({(int(layer), int(head)) for layer, head in heads})
+
+
+def names_of(config) -> Names:
+    """The paths of a model's parts. Unknown decoders are read like Llama, which most of them copy;
+    if that does not fit, `bind` says which part was not found."""
+    return FAMILIES.get(config.model_type, _LLAMA)
+
+
+def vocabulary(config) -> dict:
+    """The `rename` and `envoys` arguments that give an nnsight model the standard names."""
+    names = names_of(config)
+    rename = {names.layers: "layers", names.final_norm: "final_norm", names.unembed: "unembed"}
+    if names.attn != "attn":
+        rename[names.attn] = "attn"
+    if names.mlp != "mlp":
+        rename[names.mlp] = "mlp"
+    return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}}
+
+
+def _attention_call(module: torch.nn.Module, op_names) -> str:
+    """Name of nnsight's operation for the attention call in `module.forward`.
+
+    Found by what it is: the call of the name that was bound to an entry of transformers' attention
+    interface. Its number among nnsight's operations depends on the version and is not assumed.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    bound = [
+        (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and "ALL_ATTENTION_FUNCTIONS" in ast.dump(node.value)
+    ]
+    if len(bound) != 1:
+        raise ValueError(f"{type(module).__name__}.forward does not take its attention from transformers' interface")
+    # the binding is an operation of its own, before the call
+    calls = [name for name in op_names if name.rsplit("_", 1)[0] == bound[0]]
+    if len(calls) != 2:
+        raise ValueError(f"expected one attention call in {type(module).__name__}.forward, found {len(calls) - 1}")
+    return calls[-1]
+
+
+def bind(model) -> Anatomy:
+    """Fill in where each layer's attention call and output projection are, and count the parts.
+
+    Raises:
+        ValueError: naming the part that was not found or whose shape disagrees with the config.
+    """
+    config = model.config.get_text_config()
+    names = names_of(config)
+    for part in ("layers", "final_norm", "unembed"):
+        if not hasattr(model, part):
+            raise ValueError(
+                f"no {part} in a {config.model_type} model (looked at {getattr(names, part)}): this architecture is not "
+                "supported yet; add a row to heads.anatomy.FAMILIES"
+            )
+    n_heads = config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    n_layers = len(model.layers)
+    for layer in model.layers:
+        attn = layer.attn
+        caller = getattr(attn, names.call) if names.call else attn
+        prefix = f"{names.call}." if names.call else ""
+        attn.call_input = f"{prefix}source.{_attention_call(caller._module, caller.source.names)}.input"
+        attn.proj_input = f"{names.proj}.input"
+        attn.n_heads = n_heads
+        width = output_projection(model, layer).shape[0]
+        if width != n_heads * d_head:
+            raise ValueError(
+                f"the config says {n_heads} heads of {d_head}, which make {n_heads * d_head}, but the output projection of "
+                f"{attn.path} takes {width}: heads cannot be told apart"
+            )
+    return Anatomy(
+        family=config.model_type,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        d_head=d_head,
+        d_model=config.hidden_size,
+        windows=_windows(config, n_layers),
+        encoder=names.encoder,
+    )
+
+
+def _windows(config, n_layers: int) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return (None,) * n_layers
+    if kinds is None:
+        return (window,) * n_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def output_projection(model, layer) -> torch.Tensor:
+    """Weight of a layer's output projection, `[n_heads * d_head, d_model]` (rows are head inputs).
+
+    Args:
+        layer: an index, or the layer's envoy.
+    """
+    layer = model.layers[layer] if isinstance(layer, int) else layer
+    module = layer.attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
+    # GPT-2 keeps [in, out] in a Conv1D, everybody else [out, in] in a Linear
+    return module.weight if type(module).__name__ == "Conv1D" else module.weight.T
+
+
+def projection_envoy(model, layer: int):
+    """The envoy of a layer's output projection (its `.output` is the sum over heads, plus bias)."""
+    envoy = model.layers[layer].attn
+    for part in names_of(model.config.get_text_config()).proj.split("."):
+        envoy = envoy.E_output if part == "output" and hasattr(envoy, "E_output") else getattr(envoy, part)
+    return envoy
+
+
+def head_outputs(model, layer: int, z: torch.Tensor) -> torch.Tensor:
+    """What each head writes: `[..., head, d_head]` -> `[..., head, d_model]`, without the bias.
+
+    Their sum over heads plus the projection's bias is the attention's output. In models that
+    normalise after the projection (Gemma 2 and 3) this is before that norm, and a head's share of
+    the residual stream is not additive.
+    """
+    weight = output_projection(model, layer).view(z.shape[-2], z.shape[-1], -1)
+    return torch.einsum("...hd,hdm->...hm", z, weight)

@@ -1,0 +1,127 @@
+"""The attention call, made readable.
+
+transformers lets a model take its attention function by name. *heads* registers one under the
+name `heads`: SDPA as long as nobody looks, and the explicit pattern where somebody does. Nothing
+else about the model changes, so reading a pattern never needs a second, eager copy of the model,
+and a prompt of any length is prefilled without a `[head, position, position]` tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import softmax
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "heads"
+
+
+def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
+    """Query heads by the key-value head they read: [batch, head, q, d] -> [batch, kv, group * q, d]."""
+    return x.reshape(x.shape[0], n_kv, -1, x.shape[-1])
+
+
+def pattern(module, query, key, mask=None, scaling=None, softcap=None, shared_prefix=None, is_causal=None, **_):
+    """The attention pattern of one call, as the eager formula gives it.
+
+    Args:
+        module: the attention module (its `layer_idx` and `is_causal` are read).
+        query: `[batch, head, query, d_head]`, after rotary embedding and norms.
+        key: `[batch, kv_head, key, d_head]`.
+        mask: boolean (True = visible) or additive `[batch, 1 or head, query, key]`, or None.
+        scaling: factor on the logits; `d_head ** -0.5` if None.
+        softcap: cap of the logits through `tanh`, if the model has one.
+        shared_prefix: a `SharedPrefix` whose keys stand before `key`.
+
+    Returns:
+        `[batch, head, query, key]`; rows sum to one. Softmax in float32, then the query's dtype.
+    """
+    n_kv, n_query = key.shape[1], query.shape[2]
+    q = _group(query, n_kv)
+    logits = q @ key.transpose(-1, -2)
+    if shared_prefix is not None:
+        prefix = shared_prefix.layers[module.layer_idx].prefix_keys[0]  # [kv, prefix, d_head]
+        # one matrix product for all conditions: the batch joins the queries
+        rows = q.transpose(0, 1).reshape(n_kv, -1, q.shape[-1]) @ prefix.transpose(-1, -2)
+        rows = rows.view(n_kv, q.shape[0], -1, prefix.shape[1]).transpose(0, 1)
+        logits = torch.cat([rows, logits], dim=-1)
+    logits = logits.reshape(query.shape[0], -1, n_query, logits.shape[-1])
+    logits = logits * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and n_query > 1 and causal:  # SDPA was told so by a flag instead of a mask
+        mask = torch.ones(n_query, logits.shape[-1], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        mask = mask[..., : logits.shape[-1]]
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    return softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def mix(module, weights, value, shared_prefix=None):
+    """Values mixed by a pattern: `[batch, head, query, key]`, `[batch, kv_head, key, d_head]` ->
+    `[batch, query, head, d_head]`."""
+    n_kv, n_query = value.shape[1], weights.shape[2]
+    w = _group(weights, n_kv)
+    if shared_prefix is None:
+        z = w @ value
+    else:
+        prefix = shared_prefix.layers[module.layer_idx].prefix_values[0]
+        n = prefix.shape[1]
+        rows = w[..., :n].transpose(0, 1).reshape(n_kv, -1, n) @ prefix
+        z = rows.view(n_kv, w.shape[0], -1, prefix.shape[-1]).transpose(0, 1) + w[..., n:] @ value
+    return z.reshape(weights.shape[0], -1, n_query, z.shape[-1]).transpose(1, 2)
+
+
+def attention(module, query, key, value, attention_mask, pattern_override=None, shared_prefix=None, **kwargs):
+    """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
+
+    `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
+    `layers[i].attn.pattern` becomes. Returns (`[batch, query, head, d_head]`, pattern or None).
+    """
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks (s_aux) are not supported: load a model without them")
+    weights = pattern_override
+    if weights is None:
+        if shared_prefix is None and kwargs.get("softcap") is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        weights = pattern(module, query, key, attention_mask, shared_prefix=shared_prefix, **kwargs)
+    return mix(module, weights, value, shared_prefix), weights
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class SharedLayer(DynamicLayer):
+    """One layer's keys and values: a prefix held once, and what each row of the batch adds to it."""
+
+    def __init__(self, prefix: DynamicLayer):
+        super().__init__()
+        self.prefix_keys, self.prefix_values = prefix.keys, prefix.values
+
+    def get_seq_length(self) -> int:
+        return self.prefix_keys.shape[-2] + super().get_seq_length()
+
+
+class SharedPrefix(Cache):
+    """A KV cache whose prefix is stored once and read by every row of a batch.
+
+    Pass it twice, `model(ids, past_key_values=cache, shared_prefix=cache)`: the first lets
+    transformers count positions, the second lets `attention` find the prefix. Row r of the batch
+    then continues the same prefix, and the prefix costs memory once, not once a row.
+
+    Args:
+        prefix: a cache with one row (`[1, kv_head, position, d_head]` in every layer), left as it is.
+    """
+
+    def __init__(self, prefix: Cache):
+        rows = prefix.layers[0].keys.shape[0]
+        if rows != 1:
+            raise ValueError(f"a shared prefix is one prompt, but the cache holds {rows}: prefill one prompt at a time")
+        super().__init__(layers=[SharedLayer(layer) for layer in prefix.layers])
+
+
+__all__ = ["NAME", "SharedPrefix", "attention", "mix", "pattern", "repeat_kv"]

@@ -1,0 +1,112 @@
+"""Three identities that every model passes before it is handed out.
+
+They are what makes a number about a head trustworthy, they cost milliseconds, and the commonest
+mistake of the field (slicing the attention's output after the heads were mixed) fails the second.
+"""
+
+from __future__ import annotations
+
+import nnsight
+import torch
+
+from heads.anatomy import head_outputs, output_projection, projection_envoy
+
+
+class IdentityError(ValueError):
+    """A model does not behave as its anatomy says; the message names the identity and the layer."""
+
+
+def _tokens(model) -> torch.Tensor:
+    # spread over the vocabulary, so that neighbouring rows of an embedding table do not matter
+    size = model.config.get_text_config().vocab_size
+    return torch.linspace(1, size - 1, 6, device=model.device).long()[None]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> float:
+    """Largest difference in units of the larger one's scale and the tolerance: fine up to 1."""
+    scale = max(a.abs().max().item(), b.abs().max().item(), 1e-6)
+    return (a.float() - b.float()).abs().max().item() / (scale * tolerance)
+
+
+def identities(model) -> dict[str, float]:
+    """Run the three checks; returns how far each was from exact, as a share of its tolerance.
+
+    1. *sum*: in every layer the heads, each through its slice of the output projection, sum to what
+       the projection puts out.
+    2. *knock-out*: zeroing a head gives the logits of a model whose weights for that head are zero.
+    3. *no-op*: writing back what was read changes no logit, to the bit.
+
+    Raises:
+        IdentityError: naming the identity that failed, by how much, and where.
+    """
+    ids, anatomy = _tokens(model), model.anatomy
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2}.get(model._module.dtype, 4e-2)
+    with torch.no_grad():
+        return {
+            "sum": _sum(model, ids, tolerance),
+            "knock-out": _knock_out(model, ids, tolerance, layer=anatomy.n_layers // 2, head=anatomy.n_heads - 1),
+            "no-op": _no_op(model, ids),
+        }
+
+
+def _sum(model, ids, tolerance) -> float:
+    z, out, q = [], [], []
+    with model.trace(ids):
+        for i, layer in enumerate(model.layers):
+            q.append(layer.attn.q.shape)
+            z.append(layer.attn.heads.clone())
+            out.append(projection_envoy(model, i).output.clone())
+        nnsight.save(q), nnsight.save(z), nnsight.save(out)
+    worst = 0.0
+    for i in range(model.anatomy.n_layers):
+        if tuple(q[i][2:]) != (model.anatomy.n_heads, model.anatomy.d_head):
+            raise IdentityError(f"layer {i}: the attention call sees queries of {tuple(q[i][2:])} (heads, d_head), the config says otherwise")
+        bias = _bias(model, i)
+        error = _close(head_outputs(model, i, z[i]).sum(-2) + bias, out[i], tolerance)
+        if not error <= 1:
+            raise IdentityError(f"layer {i}: the heads do not sum to the attention output ({error:.1f} times the tolerance)")
+        worst = max(worst, error)
+    return worst
+
+
+def _bias(model, layer: int):
+    bias = projection_envoy(model, layer)._module.bias
+    return 0 if bias is None else bias
+
+
+def _logits(model, ids, edit=None):
+    layer, head = edit if edit else (None, None)
+    with model.trace(ids):
+        if edit is not None:
+            model.layers[layer].attn.heads[:, :, head] = 0
+        logits = model.logits.save()
+    return logits
+
+
+def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
+    edited = _logits(model, ids, (layer, head))
+    rows = output_projection(model, layer)[head * model.anatomy.d_head :][: model.anatomy.d_head]
+    kept = rows.clone()
+    try:
+        rows.zero_()
+        knocked = _logits(model, ids)
+    finally:
+        rows.copy_(kept)
+    error = _close(edited, knocked, tolerance)
+    if not error <= 1:
+        raise IdentityError(
+            f"zeroing head ({layer}, {head}) is not knocking out its weights ({error:.1f} times the tolerance): "
+            "the edit does not reach the model where the head is"
+        )
+    return error
+
+
+def _no_op(model, ids) -> float:
+    clean = _logits(model, ids)
+    with model.trace(ids):
+        for layer in model.layers:
+            layer.attn.heads[:] = layer.attn.heads.clone()
+        logits = model.logits.save()
+    if not torch.equal(clean, logits):
+        raise IdentityError("writing every head back as it was read changes the logits")
+    return 0.0

@@ -1,0 +1,164 @@
+"""What `heads.models.load` does once a name has been accepted: build, bind, check."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from nnsight import CONFIG, TransformersModel
+from nnsight.intervention.eproperty import eproperty
+from transformers import AutoConfig
+
+from heads import anatomy, attention, checks, models, tiny
+
+
+class Model(TransformersModel):
+    """An nnsight model with `layers`, `final_norm`, `unembed`, `logits`, `.anatomy` and `.record`."""
+
+    anatomy: anatomy.Anatomy
+    record: dict
+
+    @eproperty(key="output", description="logits [batch, position, vocabulary]")
+    def logits(self, value) -> torch.Tensor:
+        return value.logits
+
+    @logits.transform
+    def logits(self, view, raw):
+        raw.logits = view
+        return raw
+
+    @logits.postprocess
+    def logits(self, value):
+        raw = anatomy.Mediator.value(f"{self.path}.output")
+        raw.logits = value
+        return raw
+
+    def interleave(self, *args, **kwargs):
+        # An edit holds for every forward of a run, so it always waits for one more when the run ends, and
+        # nnsight warns about that. Quiet only where a stored edit is what waits.
+        with warnings.catch_warnings():
+            if self._edits:
+                warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
+            return super().interleave(*args, **kwargs)
+
+    def ids(self, text) -> torch.Tensor:
+        """Token ids of a text `[1, position]`, with the tokenizer's own special tokens."""
+        return self.tokenizer(text, return_tensors="pt").input_ids.to(self.device)
+
+
+class RemoteModel(Model):
+    """A model whose traces run on NDIF unless a trace says otherwise."""
+
+    def trace(self, *inputs, **kwargs):
+        kwargs.setdefault("remote", True)
+        return super().trace(*inputs, **kwargs)
+
+
+def pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "spread":
+        return device
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or 'spread'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device={device!r}, but this torch ({torch.__version__}) sees no GPU: use device='auto'")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device == "spread" or device.startswith("cuda") else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+@contextmanager
+def _quietly():
+    """No progress bars for a load of two seconds, and none of nnsight's notes on names that we bind."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Module .* has a submodule named")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
+    device = pick_device(device)
+    kind = pick_dtype(dtype, device)
+    if name.startswith("tiny-"):
+        module, tokenizer = tiny.build(name.removeprefix("tiny-"), seed)
+        module.set_attn_implementation(attention.NAME)
+        place = "cpu" if device == "spread" else device
+        with _quietly():
+            model = Model(module.to(place, kind), tokenizer=tokenizer, **anatomy.vocabulary(module.config))
+        record = {"name": name, "revision": f"seed {seed}", "sha256": tiny.sha256(module)}
+    else:
+        folder = str(models.fetch(name)) if name in models.ZOO else name
+        if Path(folder).expanduser().is_dir():
+            folder = str(Path(folder).expanduser())
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        encoder = anatomy.names_of(config).encoder
+        with _quietly():
+            model = Model(
+                folder,
+                task="fill-mask" if encoder else "text-generation",
+                dispatch=True,
+                dtype=kind,
+                attn_implementation=attention.NAME,
+                # pickled weights can run code when they are opened
+                use_safetensors=True,
+                **({"device_map": "auto"} if device == "spread" else {"device": device}),
+                **anatomy.vocabulary(config),
+            )
+        record = {"name": name, **_provenance(name, folder, model.config)}
+    model._module.eval().requires_grad_(False)
+    model.anatomy = anatomy.bind(model)
+    model.record = {**record, "dtype": str(kind).removeprefix("torch."), "device": str(model.device)}
+    checks.identities(model)
+    return model
+
+
+def _provenance(name: str, folder: str, config) -> dict:
+    """Revision and SHA-256 of the weights: from the record of a zoo model, computed for a folder, and
+    for a hub id the commit, which names its weights."""
+    path = Path(folder)
+    if (path / models.RECORD).exists():
+        record = json.loads((path / models.RECORD).read_text())
+        return {"revision": record["revision"], "sha256": record["sha256"]}
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*.safetensors")):
+            digest.update(models._sha256(file).encode())
+        return {"revision": None, "sha256": digest.hexdigest()}
+    return {"revision": getattr(config, "_commit_hash", None), "sha256": None}
+
+
+def load_remote(name: str) -> RemoteModel:
+    if name in models.ZOO or name.startswith("tiny-"):
+        raise ValueError(f"{name!r} is not served by NDIF: where='remote' takes the hub id of a hosted model")
+    if not (CONFIG.API.APIKEY or os.environ.get("NDIF_API_KEY")):
+        raise RuntimeError(
+            "where='remote' needs an NDIF key: get one at https://login.ndif.us and set NDIF_API_KEY "
+            "(or nnsight.CONFIG.set_default_api_key(...)); where='local' runs on this machine"
+        )
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    model = RemoteModel(name, **anatomy.vocabulary(config))
+    model.anatomy = anatomy.bind(model)
+    model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
+    return model

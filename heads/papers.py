@@ -1,0 +1,279 @@
+"""What is known about each paper without running anything: its entry in data/papers.yaml,
+its notebook's parameters, its presets and the result of its last run.
+
+Light on purpose (no torch, no matplotlib): the command line answers from here.
+"""
+
+import ast
+import difflib
+import hashlib
+import io
+import json
+import os
+import tokenize
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times faster
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One testable statement of a paper; `holds` says, before measuring, what counts as holding."""
+
+    id: str
+    text: str
+    paper: str
+    where: str | None
+    holds: str
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper of the course; `state` is 'ready' (it has a notebook) or 'planned'."""
+
+    slug: str
+    number: int
+    part: int
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    arxiv: str | None
+    venue: str | None
+    question: str
+    state: str
+    claims: tuple[Claim, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's parameters cell; `type` is the name of the default's type."""
+
+    name: str
+    default: object
+    type: str
+    comment: str
+
+
+def root():
+    """The folder that holds notebooks/, data/ and figures/; the variable HEADS_ROOT overrides it.
+
+    Raises FileNotFoundError where it holds no data/papers.yaml.
+    """
+    folder = Path(os.environ.get("HEADS_ROOT") or Path(__file__).resolve().parents[1])
+    if not (folder / "data" / "papers.yaml").is_file():
+        raise FileNotFoundError(
+            f"no data/papers.yaml in {folder}: the notebooks are not part of the wheel. "
+            "Run from a clone, installed with `pip install -e .`, or point HEADS_ROOT at one."
+        )
+    return folder
+
+
+def nearest(name, known):
+    """The end of an error's first sentence: '. Did you mean ...?', or '.' where no name is close."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.6)
+    return f". Did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
+
+
+@lru_cache
+def _read(folder):
+    return yaml.load((folder / "data" / "papers.yaml").read_text(encoding="utf-8"), _Loader)
+
+
+def parts():
+    """The parts of the course: number -> title."""
+    return dict(_read(root())["parts"])
+
+
+def papers():
+    """All papers, in the order of the course."""
+    return list(_papers(root()))
+
+
+@lru_cache
+def _papers(folder):
+    return tuple(
+        Paper(**{**entry, "authors": tuple(entry["authors"]), "claims": tuple(Claim(**c) for c in entry["claims"])})
+        for entry in _read(folder)["papers"]
+    )
+
+
+def paper(slug):
+    """The paper with this slug. Raises LookupError with the nearest slugs."""
+    known = {p.slug: p for p in papers()}
+    if slug not in known:
+        raise LookupError(f"unknown paper {slug!r}{nearest(slug, known)} `heads list` shows all {len(known)}.")
+    return known[slug]
+
+
+def notebook(slug):
+    """Where the paper's notebook is, or will be: notebooks/NN_slug_with_underscores.ipynb."""
+    return root() / "notebooks" / f"{paper(slug).number}_{slug.replace('-', '_')}.ipynb"
+
+
+def result(slug):
+    """The parsed figures/<slug>/result.json of the last default run, or None before the first."""
+    path = figures_root() / paper(slug).slug / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def figures_root():
+    """Where default runs publish: figures/ of the repository, or the variable HEADS_FIGURES."""
+    return Path(os.environ.get("HEADS_FIGURES") or root() / "figures")
+
+
+# ---- parameters ---------------------------------------------------------------------------
+
+
+def parameters(slug):
+    """What the notebook's parameters cell declares: a list of `Parameter`.
+
+    Raises FileNotFoundError for a paper without a notebook, ValueError where the notebook has
+    not exactly one cell tagged `parameters`, or where that cell is not plain literals.
+    """
+    path = notebook(slug)
+    if not path.is_file():
+        raise FileNotFoundError(f"{slug} has no notebook yet ({paper(slug).state}): expected {path.name}")
+    return parameters_in(path)
+
+
+def parameters_in(path):
+    """The parameters that the notebook file at `path` declares; see `parameters`."""
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"{Path(path).name} has {len(tagged)} cells tagged 'parameters', expected exactly one")
+    return _parse("".join(tagged[0]["source"]), Path(path).name)
+
+
+def _parse(source, where):
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return [_declared(statement, comments, where, source) for statement in ast.parse(source).body]
+
+
+def _declared(statement, comments, where, source):
+    """One `name = literal  # comment`; anything else would be hidden from papermill."""
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    plain = isinstance(statement, ast.Assign) or (
+        # papermill does not see `n: int | None = 3`, so an annotation is a single name
+        isinstance(statement, ast.AnnAssign) and isinstance(statement.annotation, ast.Name)
+    )
+    try:
+        if not (plain and len(targets) == 1 and isinstance(targets[0], ast.Name)):
+            raise ValueError
+        default = ast.literal_eval(statement.value)
+    except (ValueError, TypeError):
+        line = source.splitlines()[statement.lineno - 1].strip()
+        raise ValueError(
+            f"{where}, parameters cell, line {statement.lineno}: {line!r} is not `name = literal  # comment`"
+        ) from None
+    return Parameter(targets[0].id, default, type(default).__name__, comments.get(statement.end_lineno, ""))
+
+
+def check_parameters(slug, values):
+    """Refuse what the notebook would not understand: {name: value} against its declarations.
+
+    An int passes for a float, a bool never for a number; a default of None takes anything; list
+    elements must be like those of the default. Raises TypeError that names the parameter, what
+    was expected, and the nearest name.
+    """
+    declared = {p.name: p for p in parameters(slug)}
+    for name, value in values.items():
+        if name not in declared:
+            raise TypeError(
+                f"{slug} has no parameter {name!r}{nearest(name, declared)} It has: {', '.join(declared)}."
+            )
+        default = declared[name].default
+        if not _fits(value, default):
+            raise TypeError(
+                f"parameter {name!r} of {slug} is a {_kind(default)} (default {default!r}), not {value!r}"
+            )
+
+
+def _fits(value, default):
+    if default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple)) and (
+            not default or all(any(_fits(v, d) for d in default) for v in value)
+        )
+    return isinstance(value, type(default))
+
+
+def _kind(default):
+    if isinstance(default, (list, tuple)) and default:
+        return f"list of {' or '.join(sorted({type(d).__name__ for d in default}))}"
+    return type(default).__name__
+
+
+# ---- presets and the name of a run --------------------------------------------------------
+
+
+def presets(slug):
+    """{preset: {parameter: value}} from data/presets/<slug>.yaml; empty without that file."""
+    path = root() / "data" / "presets" / f"{paper(slug).slug}.yaml"
+    return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {} if path.is_file() else {}
+
+
+def preset(slug, name):
+    """The parameters of one preset. Raises LookupError with the nearest name."""
+    known = presets(slug)
+    if name not in known:
+        raise LookupError(f"{slug} has no preset {name!r}{nearest(name, known)} It has: {', '.join(known) or 'none'}.")
+    return known[name]
+
+
+def preset_of(slug, values):
+    """Which preset these parameters are: 'default', a preset's name, or 'custom'.
+
+    A paper without a notebook has no defaults to differ from: 'default'.
+    """
+    if not notebook(slug).is_file():
+        return "default"
+    for name, changes in {"default": {}, **presets(slug)}.items():
+        if _complete(slug, changes) == _complete(slug, values):
+            return name
+    return "custom"
+
+
+def _complete(slug, values):
+    """The defaults with these values in their place, through JSON so that a tuple equals a list."""
+    return json.loads(json.dumps({**{p.name: p.default for p in parameters(slug)}, **values}))
+
+
+def run_name(slug, values):
+    """The name of a run's folder: slug-preset, or slug-digest for parameters of one's own."""
+    name = preset_of(slug, values)
+    if name == "custom":
+        canonical = json.dumps(_complete(slug, values), sort_keys=True)
+        name = hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    return f"{slug}-{name}"
+
+
+def run_folder(slug, values):
+    """The ignored folder runs/<run name> of the repository, for the executed copy of a notebook."""
+    return root() / "runs" / run_name(slug, values)
+
+
+def figures_folder(slug, values):
+    """Where a run with these parameters publishes its figures and result.json.
+
+    Only a default run goes to figures/<slug>; any other stays in its run folder, or, where
+    HEADS_FIGURES is set, in a folder of its own below that.
+    """
+    if preset_of(slug, values) == "default":
+        return figures_root() / slug
+    if os.environ.get("HEADS_FIGURES"):
+        return figures_root() / run_name(slug, values)
+    return run_folder(slug, values) / "figures"

@@ -1,0 +1,147 @@
+"""The house style, and the few figures that several papers share.
+
+Colour-blind safe, readable at slide size, and the same bytes on every run: a figure
+that has not changed makes no difference in git.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from cycler import cycler
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito (2008), without yellow, which vanishes on white; black comes last.
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "sky": "#56B4E9",
+    "purple": "#CC79A7",
+    "black": "#000000",
+}
+GREY = "#8A8A8A"
+FRAME = COLORS["green"]  # seen on every colour of both maps
+SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"  # both light at zero: most heads do nothing
+
+RC = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#4D4D4D",
+    "axes.grid": True,
+    "axes.labelsize": 13,
+    "axes.prop_cycle": cycler(color=COLORS.values()),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 14,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "figure.figsize": (7.0, 4.0),
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same glyphs everywhere
+    "font.size": 12,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "image.cmap": SEQUENTIAL,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 6,
+    "savefig.dpi": 110,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",  # text stays text: small files, searchable
+    "svg.hashsalt": "heads",  # element ids would be random otherwise
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+}
+
+
+def style():
+    """Apply the house style to matplotlib; `Study` calls it once."""
+    plt.rcParams.update(RC)
+
+
+def heatmap(values, ax=None, *, label="score", center=None, vmin=None, vmax=None,
+            highlight=(), title=None):
+    """Draw a layer x head map and return its axes.
+
+    values: array [layer, head]; NaN is drawn grey. Layer 0 is the top row, as in a printed
+    matrix. The map is sequential for values of one sign; it diverges symmetrically about
+    zero where a value is negative or `center=0`. highlight: (layer, head) pairs to frame.
+    label names the quantity (with its unit) on the colour bar.
+
+    Raises ValueError for a shape that is not [layer, head], for `center` other than None or 0,
+    and for a head outside the map.
+    """
+    values = np.asarray(getattr(values, "values", values), dtype=float)
+    if values.ndim != 2:
+        raise ValueError(f"a heat map needs values [layer, head], not an array of shape {values.shape}")
+    if center not in (None, 0):
+        raise ValueError(f"center is None or 0, not {center!r}: maps are symmetric about zero or not at all")
+    layers, heads = values.shape
+    if ax is None:
+        height = min(max(2.2, 0.24 * layers + 1.0), 7.5)
+        _, ax = plt.subplots(figsize=(min(max(4.0, 0.3 * heads + 2.2), 11.0), height))
+    cmap, limits = _scale(values, center, vmin, vmax)
+    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest", cmap=cmap, **limits)
+    for layer, head in highlight:
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise ValueError(f"head ({layer}, {head}) is outside a map of {layers} layers x {heads} heads")
+        ax.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, lw=2.2, ec=FRAME))
+    ax.set(xlabel="head", ylabel="layer", title=title or "")
+    ax.grid(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
+def _scale(values, center, vmin, vmax):
+    """The colour map and its limits: symmetric about zero as soon as a value is negative."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    if center == 0 or low < 0:
+        reach = max(abs(low if vmin is None else vmin), abs(high if vmax is None else vmax)) or 1.0
+        limits, name = {"vmin": -reach, "vmax": reach}, DIVERGING
+    else:
+        limits = {"vmin": 0.0 if vmin is None else vmin, "vmax": (high or 1.0) if vmax is None else vmax}
+        name = SEQUENTIAL
+    return plt.get_cmap(name).with_extremes(bad="#D9D9D9"), limits
+
+
+def band(ax, x, samples, label=None, color=None):
+    """Draw the mean of several sets as a line, with the interval that holds 95 % of the sets.
+
+    samples: array [set, x]. The band is the spread of the sets (2.5 to 97.5 percentile), not the
+    error of their mean: a line outside it differs from nearly every set. One set has no band.
+    Raises ValueError where samples and x do not fit. Returns the line.
+    """
+    x, samples = np.asarray(x), np.atleast_2d(np.asarray(samples, dtype=float))
+    if samples.shape[1:] != x.shape:
+        raise ValueError(f"samples are [set, x]: expected [any, {x.size}], got {list(samples.shape)}")
+    (line,) = ax.plot(x, np.nanmean(samples, axis=0), label=label, color=color, marker="o")
+    if len(samples) > 1:
+        low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0)
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    return line
+
+
+def save(fig, stem, data=None):
+    """Write `stem`.png, `stem`.svg and, with data, `stem`.csv; return the paths.
+
+    data: a DataFrame or a mapping of columns, the numbers behind the picture (6 digits).
+    The files hold no date and no software version.
+    """
+    stem = Path(stem)
+    png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
+    fig.savefig(png, metadata={"Software": None})
+    fig.savefig(svg, metadata={"Date": None, "Creator": None})
+    if data is None:
+        return [png, svg]
+    frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(data)
+    table = stem.with_name(f"{stem.name}.csv")
+    named = not isinstance(frame.index, pd.RangeIndex)
+    frame.to_csv(table, index=named, float_format="%.6g", lineterminator="\n")
+    return [png, svg, table]

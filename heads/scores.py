@@ -1,0 +1,193 @@
+"""HeadScores: one number per head, labelled, that can rank, compare, draw and save itself."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many heads two top-k sets share, beside what chance gives.
+
+    `expected` is the hypergeometric mean k * k / N. Important heads cluster in a few layers, which
+    raises the overlap of unrelated tasks: `null` is the mean over shuffles of heads within their layers,
+    and `p` the share of shuffles that reach the overlap found.
+    """
+
+    k: int
+    shared: int
+    expected: float
+    null: float
+    p: float
+
+    @property
+    def share(self) -> float:
+        return self.shared / self.k
+
+
+class HeadScores:
+    """A `[layer, head]` table of scores with a name.
+
+    Args:
+        values: `[layer, head]`, finite numbers.
+        name: what the numbers are, with their unit; used as the label of figures.
+
+    Raises:
+        ValueError: if the table is not two-dimensional or holds NaN.
+    """
+
+    def __init__(self, values, name: str = "score"):
+        values = values.detach().cpu().numpy() if hasattr(values, "detach") else values
+        self.values, self.name = np.asarray(values, dtype=float), name
+        if self.values.ndim != 2 or not self.values.size:
+            raise ValueError(f"head scores are a [layer, head] table, got shape {self.values.shape}")
+        if not np.isfinite(self.values).all():
+            raise ValueError(f"{np.size(self.values) - np.isfinite(self.values).sum()} head scores are not finite")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return self.values.size
+
+    def __getitem__(self, head: Head) -> float:
+        return float(self.values[head])
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"({layer}, {head}) {self[layer, head]:.2f}" for layer, head in self.top(3))
+        return f"HeadScores({self.name!r}, {self.shape[0]} layers x {self.shape[1]} heads; top {best})"
+
+    def rank(self) -> list[Head]:
+        """All heads, best first; ties in order of layer and head."""
+        order = np.argsort(-self.values, axis=None, kind="stable")
+        return [(int(i) // self.shape[1], int(i) % self.shape[1]) for i in order]
+
+    def top(self, k: int | float) -> list[Head]:
+        """The k best heads; a float below 1 is a share of all heads, rounded up.
+
+        Raises:
+            ValueError: if k is negative or above the number of heads.
+        """
+        if isinstance(k, float) and 0 < k < 1:
+            k = int(np.ceil(round(k * len(self), 6)))
+        if k != int(k) or not 0 <= k <= len(self):
+            raise ValueError(f"top({k}): expected a count from 0 to {len(self)}, or a share between 0 and 1")
+        return self.rank()[: int(k)]
+
+    def above(self, threshold: float) -> list[Head]:
+        """Heads with a score above the threshold, best first."""
+        return [head for head in self.rank() if self[head] > threshold]
+
+    def _same_shape(self, other: "HeadScores") -> None:
+        if self.shape != other.shape:
+            raise ValueError(f"cannot compare {self.shape} heads with {other.shape}: scores of one model only")
+
+    def overlap(self, other: "HeadScores", k: int | float, n_shuffles: int = 1000, seed: int = 0) -> Overlap:
+        """Overlap of the two top-k sets, with the chance expectation and a within-layer shuffle null."""
+        self._same_shape(other)
+        ours, theirs = set(self.top(k)), set(other.top(k))
+        k, rng = len(ours), np.random.default_rng(seed)
+        if not k:
+            raise ValueError("the overlap of two empty sets means nothing: k must be at least 1")
+        mine = np.zeros(self.shape, dtype=bool)
+        for head in ours:
+            mine[head] = True
+        table = np.zeros(self.shape, dtype=bool)
+        for head in theirs:
+            table[head] = True
+        null = np.array([(mine & rng.permuted(table, axis=1)).sum() for _ in range(n_shuffles)])
+        shared = len(ours & theirs)
+        return Overlap(k, shared, k * k / len(self), float(null.mean()), float((null >= shared).mean()))
+
+    def correlate(self, other: "HeadScores", method: str = "pearson") -> float:
+        """Correlation over heads ("pearson" or "spearman"). A constant table has none: ValueError."""
+        from scipy import stats
+
+        self._same_shape(other)
+        if method not in ("pearson", "spearman"):
+            raise ValueError(f"method={method!r}: expected 'pearson' or 'spearman'")
+        if np.ptp(self.values) == 0 or np.ptp(other.values) == 0:
+            raise ValueError("a table with one value for all heads has no correlation")
+        function = stats.pearsonr if method == "pearson" else stats.spearmanr
+        return float(function(self.values.ravel(), other.values.ravel())[0])
+
+    def heatmap(self, ax=None, **kwargs):
+        """Draw the table, layer by head; keywords go to `heads.plot.heatmap`."""
+        from heads import plot
+
+        return plot.heatmap(self.values, ax=ax, **{"label": self.name, **kwargs})
+
+    def to_frame(self):
+        """One row per head: layer, head, and the score in a column with the table's name."""
+        import pandas as pd
+
+        layer, head = np.indices(self.shape).reshape(2, -1)
+        return pd.DataFrame({"layer": layer, "head": head, self.name: self.values.ravel()})
+
+    def to_dict(self) -> dict:
+        return {"layers": self.shape[0], "heads": self.shape[1], "values": self.values.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: dict, name: str = "score") -> "HeadScores":
+        scores = cls(data["values"], name)
+        if scores.shape != (data["layers"], data["heads"]):
+            raise ValueError(f"the record says {data['layers']} x {data['heads']} heads, its values are {scores.shape}")
+        return scores
+
+    def save(self, path) -> Path:
+        path = Path(path)
+        path.write_text(json.dumps({"name": self.name, **self.to_dict()}) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path) -> "HeadScores":
+        data = json.loads(Path(path).read_text())
+        return cls.from_dict(data, data["name"])
+
+
+def random_heads(like, shape: tuple[int, int], match: str = "layer", n_sets: int = 5, exclude=(), seed: int = 0):
+    """Control sets: as many random heads as `like`, none of them in `like` or `exclude`.
+
+    Args:
+        like: heads to be matched.
+        shape: (layers, heads) of the model.
+        match: "layer": as many heads in every layer as `like` has there, or, where a layer has too few left,
+            from the nearest layers (with a warning). "none": anywhere.
+        exclude: heads that a control must not hold, for example `scores.top(0.2)`.
+
+    Returns:
+        `n_sets` sorted lists of (layer, head).
+
+    Raises:
+        ValueError: if the model has too few heads left.
+    """
+    if match not in ("layer", "none"):
+        raise ValueError(f"match={match!r}: expected 'layer' or 'none'")
+    like, barred = list(like), {*like, *exclude}
+    free = [(layer, head) for layer in range(shape[0]) for head in range(shape[1]) if (layer, head) not in barred]
+    if len(free) < len(like):
+        raise ValueError(f"{len(like)} random heads asked for, but only {len(free)} heads are not excluded")
+    rng, sets, moved = np.random.default_rng(seed), [], 0
+    for _ in range(n_sets):
+        left, drawn = list(free), []
+        # layers with many heads first, so that a poor layer borrows after its neighbours took theirs
+        counts = Counter(layer for layer, _ in like) if match == "layer" else Counter({None: len(like)})
+        for layer, count in counts.most_common():
+            for _ in range(count):
+                distance = [0 if layer is None else abs(candidate[0] - layer) for candidate in left]
+                nearest = [i for i, d in enumerate(distance) if d == min(distance)]
+                moved += min(distance) > 0
+                drawn.append(left.pop(nearest[rng.integers(len(nearest))]))
+        sets.append(sorted(drawn))
+    if moved:
+        warnings.warn(f"{moved / n_sets:.1f} of {len(like)} heads per set come from a neighbouring layer: theirs had too few left")
+    return sets

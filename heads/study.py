@@ -1,0 +1,247 @@
+"""Study: what a notebook declares, draws and concludes, kept as one record.
+
+    study = heads.Study("retrieval-head", model=model, device=device, seed=seed)
+    lm = study.uses(heads.load(model, device=device))
+    study.figure(fig, "1-bands", data=frame, caption="...")
+    study.claim("C1", measured="8.9 %", holds=share <= 0.1, why="...")
+    study.verdict()     # publishes figures/retrieval-head/ with result.json, all or nothing
+"""
+
+import hashlib
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+from heads import papers, plot, publish
+
+
+class Shown:
+    """Text for a terminal and Markdown for a notebook; a picture has a PNG as well."""
+
+    def __init__(self, text, markdown=None, png=None):
+        self._mimes = {"text/plain": text, "text/markdown": markdown, "image/png": png}
+
+    def __str__(self):
+        return self._mimes["text/plain"]
+
+    __repr__ = __str__
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {mime: data for mime, data in self._mimes.items() if data is not None}
+
+
+class Study:
+    """One run of a paper's notebook: seed, clock, model, figures, scores, claims, verdict.
+
+    slug names the paper; the keywords are the notebook's parameters, all of them and no other.
+    Seeds python, numpy and torch with `seed` and applies the house style. Nothing is published
+    before `verdict()`: a run that dies earlier leaves the last good figures as they were.
+
+    Raises LookupError for an unknown paper and TypeError for a missing, unknown or ill-typed
+    parameter.
+    """
+
+    def __init__(self, slug, **parameters):
+        self.paper = papers.paper(slug)
+        self.parameters = parameters
+        self.seed = parameters.get("seed", 0)
+        _check(slug, parameters)
+        _seed(self.seed)
+        plot.style()
+        self.preset = papers.preset_of(slug, parameters)
+        self._output = publish.Folder(papers.figures_folder(slug, parameters))
+        self._models, self._figures, self._scores, self._claims = [], {}, {}, {}
+        self._start = time.monotonic()
+
+    def claims(self):
+        """The paper's claims, with its own numbers and what will count as *holds* here."""
+        head = ("", "claim", "the paper", "where", "holds here if")
+        rows = [(c.id, c.text, c.paper, c.where or "", c.holds) for c in self.paper.claims]
+        return Shown("\n".join(f"{id} {text} Holds if: {holds}" for id, text, _, _, holds in rows), _table(head, rows))
+
+    def uses(self, model):
+        """Record a model that `heads.load` returned (name, revision, SHA-256 of its weights); returns it."""
+        record = getattr(model, "record", None)
+        if not isinstance(record, dict):
+            raise TypeError(f"uses() takes what heads.load() returned, not {type(model).__name__}: it has no record")
+        kept = {key: record.get(key) for key in ("name", "revision", "sha256")}
+        self._models = [m for m in self._models if m != kept] + [kept]
+        return model
+
+    def figure(self, fig, name, data=None, caption=""):
+        """Keep a matplotlib figure as png, svg and (the numbers in data) csv, and show it once.
+
+        name is the file's stem, such as '1-bands'. In a notebook the picture and its caption
+        appear here, and the figure is closed so that it does not appear again.
+        """
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"a figure's name is a file stem of letters, digits, '-' and '.', not {name!r}")
+        files = plot.save(fig, self._output.work / name, data)
+        plot.plt.close(fig)
+        self._figures[name] = {"name": name, "caption": caption, "files": [f.name for f in files]}
+        _display(Shown(f"<figure {name}>", png=files[0].read_bytes()))
+        if caption:
+            _display(Shown(caption, f"*{caption}*"))
+
+    def scores(self, name, scores):
+        """Keep a HeadScores, as data, in result.json under this name."""
+        self._scores[name] = plain(scores.to_dict(), digits=6)
+
+    def claim(self, id, *, measured, holds, partly=False, why=""):
+        """Judge one claim; shows and keeps the measured value and the verdict.
+
+        measured: text, a number, or a dict of them (4 digits are kept). holds: True, False, or
+        None where it was not tested here. partly: what the verdict is called when holds is False.
+        why: one sentence, required unless the claim holds. Judging a claim again replaces it.
+
+        Raises LookupError for an unknown id, TypeError for a verdict that is not a bool,
+        ValueError where why is missing.
+        """
+        known = {c.id: c for c in self.paper.claims}
+        if id not in known:
+            raise LookupError(f"{self.paper.slug} has no claim {id!r}. It has: {', '.join(known)}.")
+        verdict = _verdict(id, holds, partly)
+        if verdict != "holds" and not why.strip():
+            raise ValueError(f"claim {id}: a verdict of {verdict!r} needs why=, the reason in one sentence")
+        text, paper = known[id].text, known[id].paper
+        row = {"id": id, "text": text, "paper": paper, "measured": plain(measured), "verdict": verdict, "why": why}
+        self._claims[id] = row
+        here = _text(row["measured"])
+        return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {paper}. {why}".rstrip())
+
+    def summary(self):
+        """Print one line for each claim, `C1 holds`, and nothing that differs between machines.
+
+        This is the cell to tag `nbval-check-output`: `verdict()` shows measured numbers, whose
+        last digit may differ, and nbval knows no tolerance. Raises ValueError for claims not judged.
+        """
+        print("\n".join(f"{row['id']} {row['verdict']}" for row in self._judged()))
+
+    def verdict(self):
+        """Publish figures and result.json in one step, and return the closing table.
+
+        Raises ValueError where a claim of the paper was never judged, naming it.
+        """
+        rows = self._judged()
+        record = json.dumps(self._record(rows), indent=1, allow_nan=False, ensure_ascii=False)
+        (self._output.work / "result.json").write_text(record + "\n", encoding="utf-8")
+        self._output.publish()
+        head = ("", "claim", "the paper", "here", "verdict", "why")
+        cells = [(r["id"], r["text"], r["paper"], _text(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
+        return Shown("\n".join(f"{r['id']} {r['verdict']}" for r in rows), _table(head, cells))
+
+    def _judged(self):
+        missing = [c.id for c in self.paper.claims if c.id not in self._claims]
+        if missing:
+            raise ValueError(
+                f"{self.paper.slug}: no verdict on {', '.join(missing)}. Judge each claim with study.claim(id, ...); "
+                "holds=None says that it was not tested here."
+            )
+        return [self._claims[c.id] for c in self.paper.claims]
+
+    def _record(self, rows):
+        """What result.json holds."""
+        record = {
+            "paper": self.paper.slug,
+            "arxiv": self.paper.arxiv,
+            "preset": self.preset,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "model": self._models[0] if self._models else None,
+            "versions": publish.versions(),
+            "hardware": publish.hardware(),
+            "seconds": round(time.monotonic() - self._start, 1),
+            "peak_memory_bytes": publish.peak_memory_bytes(),
+            "code_sha256": _code_sha256(papers.notebook(self.paper.slug)),
+            "claims": rows,
+            "scores": self._scores,
+            "figures": list(self._figures.values()),
+        }
+        return record | ({"other_models": self._models[1:]} if self._models[1:] else {})
+
+
+def plain(value, digits=4):
+    """A value as JSON data: numpy and torch become lists, floats keep `digits`, NaN becomes None.
+
+    Raises TypeError for what is no number, text, or collection of them.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):  # numpy's float64 as well
+        return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, digits) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), digits)
+    raise TypeError(f"a result is a number, text, or a list or dict of them, not {type(value).__name__}")
+
+
+def _check(slug, parameters):
+    """The keywords are those of the parameters cell; a paper without a notebook takes any."""
+    if not papers.notebook(slug).is_file():
+        return
+    papers.check_parameters(slug, parameters)
+    missing = [p.name for p in papers.parameters(slug) if p.name not in parameters]
+    if missing:
+        raise TypeError(
+            f"Study({slug!r}) lacks {', '.join(missing)}: pass every name of the notebook's parameters cell, by keyword"
+        )
+
+
+def _seed(seed):
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _verdict(id, holds, partly):
+    for name, value in (("holds", holds), ("partly", partly)):
+        if not isinstance(value, (bool, np.bool_)) and not (name == "holds" and value is None):
+            raise TypeError(f"claim {id}: {name} is True or False, not {value!r}; write the comparison out")
+    if holds is None:
+        return "not tested here"
+    return "holds" if holds else "partly" if partly else "fails"
+
+
+def _code_sha256(notebook):
+    """One digest of the library and of the notebook's code cells; outputs and prose do not enter."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    if notebook.is_file():
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                digest.update(b"\0" + "".join(cell["source"]).encode())
+    return digest.hexdigest()
+
+
+def _text(measured):
+    """A measured value in prose."""
+    if isinstance(measured, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in measured.items())
+    if isinstance(measured, list):
+        return ", ".join(_text(item) for item in measured)
+    return "not a number" if measured is None else str(measured)
+
+
+def _table(head, rows):
+    """A Markdown table; a bar inside a cell, as in |r|, is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+def _display(shown):
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if get_ipython():
+        display(shown)

@@ -1,0 +1,62 @@
+"""Extractive question answering on generated facts: a short passage about invented people, one question.
+
+No world knowledge helps, and the answer stands in the passage word for word (data/facts.md).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+
+from heads.papers import root
+from heads.tasks.needle import Sample, continuation, find_span
+
+
+@cache
+def _lists() -> dict:
+    return json.loads((root() / "data" / "facts.json").read_text())
+
+
+def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
+    """Passages of `n_facts` sentences, each ending with the stem of one of them.
+
+    Every fact has its own person and value; attributes repeat, so that the attribute alone does not give
+    the answer away.
+
+    Raises:
+        ValueError: if more facts are asked for than there are people.
+    """
+    lists, rng, samples = _lists(), np.random.default_rng(seed), []
+    if not 1 <= n_facts <= len(lists["people"]):
+        raise ValueError(f"n_facts={n_facts}: between 1 and {len(lists['people'])} facts fit into a passage")
+    for i in range(n):
+        people = rng.permutation(lists["people"])[:n_facts]
+        kinds = [lists["attributes"][k] for k in rng.choice(len(lists["attributes"]), size=n_facts)]
+        values, used = [], set()
+        for kind in kinds:
+            left = [value for value in kind["values"] if value not in used]
+            values.append(left[rng.integers(len(left))])
+            used.add(values[-1])
+        sentences = [kind["sentence"].format(person=p, value=v) for kind, p, v in zip(kinds, people, values)]
+        asked = int(rng.integers(n_facts))
+        prompt = f"{' '.join(sentences)} {kinds[asked]['stem'].format(person=people[asked])}"
+        ids, answer_ids = continuation(model.tokenizer, prompt, f" {values[asked]}")
+        span = find_span(model.tokenizer, ids[0].tolist(), values[asked])
+        samples.append(Sample(ids, span, values[asked], answer_ids, f"facts-{seed}-{i}", "stem", ids.shape[1], asked / n_facts))
+    return samples
+
+
+def token_f1(prediction: str, answer: str) -> float:
+    """F1 over the words of two answers, as in SQuAD (Rajpurkar et al. 2016): lower case, no punctuation or
+    articles."""
+    import re
+    from collections import Counter
+
+    def words(text):
+        return [w for w in re.findall(r"\w+", text.lower()) if w not in {"a", "an", "the"}]
+
+    predicted, gold = words(prediction), words(answer)
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0

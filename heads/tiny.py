@@ -1,0 +1,77 @@
+"""Small random models of every supported family, built in code: for tests, and for teaching shapes."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+_VOCAB = 256 + len(SPECIAL)
+# Four layers of width 32. Head counts are chosen so that a wrong reshape cannot pass unnoticed: grouped
+# queries where the family has them, and head_dim * n_heads != hidden_size where the family allows it.
+_LLAMA = dict(vocab_size=_VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+_CONFIGS = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(
+        vocab_size=_VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**_LLAMA, "sliding_window": 8, "head_dim": 8}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {
+        **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {
+        **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, "rotary_pct": 0.5, "use_parallel_residual": True}),
+    "bert": ("BertForMaskedLM", "BertConfig", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", {
+        **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, "local_attention": 16,
+        "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}),
+}  # fmt: skip
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: every text can be written, and lengths are plain to see."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>"
+    )
+
+
+def build(family: str, seed: int = 0):
+    """A random model and its byte tokenizer. The weights are larger than a fresh initialisation's, so
+    that attention is not uniform and an edit shows in the logits.
+
+    Raises:
+        LookupError: for an unknown family, naming the nearest.
+    """
+    if family not in _CONFIGS:
+        near = difflib.get_close_matches(family, _CONFIGS, n=1, cutoff=0)
+        raise LookupError(f"no tiny model of family {family!r}; did you mean {near[0]!r}? Known: {', '.join(_CONFIGS)}")
+    architecture, config, settings = _CONFIGS[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, architecture)(getattr(transformers, config)(**settings)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.25)
+                else:  # biases and norms: away from 0 and 1, so that forgetting one shows
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model, tokenizer()
+
+
+def sha256(module: torch.nn.Module) -> str:
+    """Digest of a model's parameters, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
