@@ -20,6 +20,8 @@ _HOME = {
     "head_outputs": "anatomy",
     "output_projection": "anatomy",
     "retrieval_scores": "retrieval",
+    "rouge1_recall": "retrieval",
+    "token_f1": "tasks.facts",
 }
 _MODULES = ("anatomy", "checks", "models", "papers", "plot", "tasks")
 

@@ -12,6 +12,7 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 # Okabe and Ito (2008), without yellow, which vanishes on white; black comes last.
 COLORS = {
@@ -137,6 +138,9 @@ def save(fig, stem, data=None):
     stem = Path(stem)
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     fig.savefig(png, metadata={"Software": None})
+    # 128 colours are enough for any of our figures, and keep a notebook with six of them small
+    with Image.open(png) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(png, optimize=True)
     fig.savefig(svg, metadata={"Date": None, "Creator": None})
     if data is None:
         return [png, svg]

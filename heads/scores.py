@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,34 +159,39 @@ def random_heads(like, shape: tuple[int, int], match: str = "layer", n_sets: int
     Args:
         like: heads to be matched.
         shape: (layers, heads) of the model.
-        match: "layer": as many heads in every layer as `like` has there, or, where a layer has too few left,
-            from the nearest layers (with a warning). "none": anywhere.
+        match: "layer": as many heads in every layer as `like` has there. "near": the same, but where a layer has
+            too few left, the nearest layers lend some. "none": anywhere.
         exclude: heads that a control must not hold, for example `scores.top(0.2)`.
 
     Returns:
         `n_sets` sorted lists of (layer, head).
 
     Raises:
-        ValueError: if the model has too few heads left.
+        ValueError: if too few heads are left, in a layer or in all.
     """
-    if match not in ("layer", "none"):
-        raise ValueError(f"match={match!r}: expected 'layer' or 'none'")
+    if match not in ("layer", "near", "none"):
+        raise ValueError(f"match={match!r}: expected 'layer', 'near' or 'none'")
     like, barred = list(like), {*like, *exclude}
     free = [(layer, head) for layer in range(shape[0]) for head in range(shape[1]) if (layer, head) not in barred]
     if len(free) < len(like):
         raise ValueError(f"{len(like)} random heads asked for, but only {len(free)} heads are not excluded")
-    rng, sets, moved = np.random.default_rng(seed), [], 0
-    for _ in range(n_sets):
-        left, drawn = list(free), []
-        # layers with many heads first, so that a poor layer borrows after its neighbours took theirs
-        counts = Counter(layer for layer, _ in like) if match == "layer" else Counter({None: len(like)})
-        for layer, count in counts.most_common():
-            for _ in range(count):
-                distance = [0 if layer is None else abs(candidate[0] - layer) for candidate in left]
-                nearest = [i for i, d in enumerate(distance) if d == min(distance)]
-                moved += min(distance) > 0
-                drawn.append(left.pop(nearest[rng.integers(len(nearest))]))
-        sets.append(sorted(drawn))
-    if moved:
-        warnings.warn(f"{moved / n_sets:.1f} of {len(like)} heads per set come from a neighbouring layer: theirs had too few left")
-    return sets
+    wanted = Counter(layer for layer, _ in like)
+    available = Counter(layer for layer, _ in free)
+    if match == "layer" and (short := [layer for layer in wanted if wanted[layer] > available[layer]]):
+        raise ValueError(
+            f"layer {short[0]} has {available[short[0]]} heads left for a control of {wanted[short[0]]}: "
+            "exclude fewer heads, or use match='near' to borrow from the nearest layers"
+        )
+    rng = np.random.default_rng(seed)
+    return [_draw(like, list(free), match, rng) for _ in range(n_sets)]
+
+
+def _draw(like: list[Head], left: list[Head], match: str, rng) -> list[Head]:
+    """One control set; `left` is used up."""
+    drawn = []
+    # rich layers first, so that a poor one borrows only after its neighbours took what is theirs
+    free = Counter(layer for layer, _ in left)
+    for layer, _ in sorted(like, key=lambda pair: -free[pair[0]]):
+        distance = np.array([0 if match == "none" else abs(other - layer) for other, _ in left])
+        drawn.append(left.pop(rng.choice(np.flatnonzero(distance == distance.min()))))
+    return sorted(drawn)

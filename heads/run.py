@@ -1,0 +1,156 @@
+"""One notebook through papermill: checked before, executed aside, reported after."""
+
+import hashlib
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from heads import papers
+
+KERNEL = "python3"  # of this interpreter's own environment: see `_own_kernel`
+VOLATILE = ("papermill", "execution", "collapsed", "scrolled")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run ended; `verdicts` is {claim id: verdict}, `error` what to tell the user."""
+
+    slug: str
+    ok: bool
+    seconds: float
+    notebook: Path
+    verdicts: dict
+    error: str = ""
+
+
+def plan(slug, preset=None, values=None):
+    """The parameters of a run, all checked: nothing has been loaded yet.
+
+    Raises LookupError for an unknown paper, preset or model, FileNotFoundError for a planned paper,
+    TypeError for an unknown or ill-typed parameter.
+    """
+    from heads import models
+
+    chosen = {**(papers.preset(slug, preset) if preset else {}), **(values or {})}
+    papers.check_parameters(slug, chosen)
+    if "model" in chosen:
+        models.check_name(chosen["model"])
+    return chosen
+
+
+def run(slug, preset=None, values=None):
+    """Execute a paper's notebook with papermill and return an `Outcome`.
+
+    The executed copy goes to runs/<run name>/notebook.ipynb; figures are replaced by the notebook's
+    study.verdict(), which it reaches only if everything before went well.
+    """
+    import papermill
+
+    chosen = plan(slug, preset, values)
+    source, folder = papers.notebook(slug), papers.run_folder(slug, chosen)
+    folder.mkdir(parents=True, exist_ok=True)
+    out, start, error = folder / "notebook.ipynb", time.monotonic(), ""
+    print(f"{slug}: {len(_code_cells(source))} cells, executed copy in {_shown(out)}", file=sys.stderr)
+    try:
+        with _own_kernel():
+            papermill.execute_notebook(
+                str(source), str(out), parameters=chosen, kernel_name=KERNEL, cwd=str(source.parent),
+                progress_bar=sys.stderr.isatty(), log_output=False,
+            )  # fmt: skip
+    except papermill.PapermillExecutionError as failed:
+        error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}\nThe executed copy is {_shown(out)}"
+    verdicts = {} if error else _verdicts(papers.figures_folder(slug, chosen))
+    return Outcome(slug, not error, time.monotonic() - start, out, verdicts, error)
+
+
+def refresh(slug):
+    """Execute the committed notebook with its defaults and replace it: fresh kernel, in order, no timings.
+
+    Raises RuntimeError where a cell fails; the committed file is then as it was.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    path = papers.notebook(slug)
+    papers.parameters(slug)
+    notebook = nbformat.read(path, as_version=4)
+    try:
+        with _own_kernel():
+            client = NotebookClient(
+                notebook, kernel_name=KERNEL, timeout=None, resources={"metadata": {"path": str(path.parent)}}
+            )
+            client.execute()
+    except CellExecutionError as failed:
+        raise RuntimeError(f"{path.name} was left as it is: {failed.ename}: {failed.evalue}") from None
+    aside = path.with_suffix(".tmp")
+    nbformat.write(tidy(notebook), aside)
+    os.replace(aside, path)
+    return path
+
+
+def tidy(notebook):
+    """A notebook as it is committed: stable cell ids, no timings, no widget state, one stdout per cell."""
+    import nbformat
+
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = hashlib.sha256(f"{number} {cell.source[:60]}".encode()).hexdigest()[:8]
+        for key in VOLATILE:
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = _merged(cell.outputs)
+    for key in ("widgets", "papermill"):
+        notebook.metadata.pop(key, None)
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.validate(notebook)
+    return notebook
+
+
+def _merged(outputs):
+    """Consecutive prints to one stream in one piece: where a kernel cuts them depends on the clock."""
+    kept = []
+    for output in outputs:
+        last = kept[-1] if kept else None
+        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+class _own_kernel:
+    """Make `python3` this interpreter: its own kernelspec before any in the user's home."""
+
+    def __enter__(self):
+        self._before = os.environ.get("JUPYTER_PATH")
+        own = str(Path(sys.prefix) / "share" / "jupyter")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [own, self._before]))
+
+    def __exit__(self, *_):
+        if self._before is None:
+            os.environ.pop("JUPYTER_PATH", None)
+        else:
+            os.environ["JUPYTER_PATH"] = self._before
+
+
+def _code_cells(path):
+    import nbformat
+
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def _verdicts(folder):
+    import json
+
+    path = folder / "result.json"
+    claims = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
+    return {claim["id"]: claim["verdict"] for claim in claims}
+
+
+def _shown(path):
+    """A path as a user would type it."""
+    return os.path.relpath(re.sub(r"/+$", "", str(path)))
