@@ -1,54 +1,87 @@
-# Two commands for everything: `make figures` and `make test`. Each sets up what it needs, once.
-# GPU: make figures TORCH_BACKEND=auto
+# The jobs of this repository; `make` alone lists them. Each creates what it needs in .venv
+# from nothing but Python; what is done already is not done again. Pins: pyproject.toml.
 
 VENV ?= .venv
-PAPER ?=
-TORCH_BACKEND ?= cpu
-BIN := $(VENV)/bin
-PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
-READY := $(VENV)/.ready
+# Which build of torch: cpu, auto (finds the GPU), cu130, ... The choice is remembered.
+TORCH_BACKEND ?= $(shell cat $(VENV)/.torch-backend 2>/dev/null || echo cpu)
+DEFAULT_MODEL := smollm2-135m
 
-.PHONY: figures test lab bench refresh clean help
+PY    := $(VENV)/bin/python
+HEADS := $(PY) -m heads
+READY := $(VENV)/.ready-$(TORCH_BACKEND)
+MODEL := $(VENV)/.model
 
-help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+.DEFAULT_GOAL := help
+.PHONY: help figures test lab bench refresh setup clean clean-env
 
-# setuptools and pip never see torch's own index, so a CPU build is asked for first, by uv, which knows where
-# it is. Where that cannot be reached, pip takes whatever torch its settings lead to.
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="	" read -r name what; do \
+		printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+figures: $(MODEL)  ## regenerate the figures of all ready papers, or of one: PAPER=retrieval-head
+	$(HEADS) run $(or $(PAPER),--all) $(ARGS)
+
+# Both halves run even if the first fails, and both draw into a folder of their own, so that
+# a test leaves the committed figures alone.
+test: $(MODEL)  ## the tests, then every notebook
+	@HEADS_FIGURES=$$(mktemp -d); export HEADS_FIGURES; trap 'rm -rf "$$HEADS_FIGURES"' EXIT; \
+	status=0; $(PY) -m pytest tests || status=1; \
+	if ls notebooks/*.ipynb >/dev/null 2>&1; then \
+		$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+			-p no:cacheprovider notebooks || status=1; \
+	fi; exit $$status
+
+lab: $(MODEL)  ## open JupyterLab on the notebooks, with the kernel "heads"
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+bench: $(MODEL)  ## time and memory against named peers, or one benchmark: NAME=detect
+	$(PY) -m tests.benchmarks $(NAME)
+
+refresh: $(MODEL)  ## execute the committed notebooks again (PAPER=slug for one)
+	$(HEADS) run $(or $(PAPER),--all) --refresh $(ARGS)
+
+setup: $(MODEL)  ## only create the environment and fetch the default model
+
+clean:  ## remove runs and caches (not the environment, figures or models)
+	rm -rf runs build dist heads.egg-info .pytest_cache .hypothesis
+	find heads tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+		-prune -exec rm -rf {} + 2>/dev/null || true
+
+clean-env:  ## remove the environment
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is not an environment" >&2; exit 1; }
+	rm -rf $(VENV)
+
+# --- how the environment comes to be ---------------------------------------------------
+
+# The first interpreter that the pins can use and that can make an environment (some
+# systems package Python without ensurepip). PYTHON=... names one.
+define find_python
+for py in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	"$$py" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
+		2>/dev/null && break; py=; \
+done; \
+test -n "$$py" || { echo "heads needs Python 3.11 to 3.14 with venv and pip; none found. \
+Install one, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+endef
+
+torch_pin = $(PY) -c 'import tomllib; print(*[d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch==")])'
+PIP := $(PY) -m pip --disable-pip-version-check
+UV  := $(PY) -m uv pip install --python $(PY)
+
+# uv because it knows PyTorch's own indexes, where the builds without CUDA are; pip where
+# uv or that index is out of reach (one retry only: the way round it is good).
 $(READY): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "heads needs Python 3.11 or newer: install it, or say PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'Setting up $(VENV), once'
-	@$(BIN)/python -m pip install --quiet uv
-	@torch=$$($(BIN)/python -c "import tomllib; print(next(d for d in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if d.startswith('torch==')))"); \
-	$(BIN)/python -c "from importlib.metadata import version; import sys; sys.exit(version('torch').split('+')[0] != '$$torch'.split('==')[1])" 2>/dev/null || \
-	UV_HTTP_RETRIES=0 $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH_BACKEND) $$torch 2>/dev/null || \
-	$(BIN)/python -m pip install --quiet $$torch
-	@$(BIN)/python -m pip install --quiet --editable '.[test,lab]'
-	@$(BIN)/python -m ipykernel install --sys-prefix --name heads --display-name heads >/dev/null
+	@$(PY) -m pip --version >/dev/null 2>&1 || { $(find_python); echo "$$py -m venv $(VENV)"; "$$py" -m venv $(VENV); }
+	@old=$$(cat $(VENV)/.torch-backend 2>/dev/null || true); \
+	test "$${old:-$(TORCH_BACKEND)}" = $(TORCH_BACKEND) || $(PIP) uninstall --quiet --yes torch
+	@$(PIP) install --quiet uv || echo "no uv here, going on with pip"
+	@pin=$$($(torch_pin)); echo "$$pin, build: $(TORCH_BACKEND)"; \
+	UV_HTTP_RETRIES=1 $(UV) --torch-backend $(TORCH_BACKEND) "$$pin" || \
+		{ echo "PyTorch's own index did not serve it: taking pip's build of torch"; $(PIP) install "$$pin"; }
+	@$(UV) -e '.[test,lab]' || $(PIP) install -e '.[test,lab]'
+	@$(PY) -m ipykernel install --sys-prefix --name heads --display-name heads
+	@rm -f $(VENV)/.ready-*; echo $(TORCH_BACKEND) > $(VENV)/.torch-backend; touch $@
+
+$(MODEL): $(READY)
+	$(HEADS) fetch $(DEFAULT_MODEL)
 	@touch $@
-
-figures: $(READY)  ## run every ready notebook, or PAPER=slug, and renew figures/
-	@$(BIN)/heads fetch >/dev/null
-	$(BIN)/heads run $(or $(PAPER),--all)
-
-test: $(READY)  ## all tests, then every notebook through nbval
-	@$(BIN)/heads fetch >/dev/null
-	HEADS_FIGURES=$$(mktemp -d) $(BIN)/python -m pytest
-	HEADS_FIGURES=$$(mktemp -d) $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-		-p no:cacheprovider -q notebooks
-
-lab: $(READY)  ## JupyterLab on the notebooks, with a kernel named heads
-	@$(BIN)/heads fetch >/dev/null
-	$(BIN)/jupyter lab notebooks
-
-bench: $(READY)  ## time and memory against named peers
-	@$(BIN)/heads fetch >/dev/null
-	$(BIN)/python -m tests.benchmarks
-
-refresh: $(READY)  ## execute the committed notebooks again, in place
-	$(BIN)/heads run $(or $(PAPER),--all) --refresh
-
-clean:  ## remove the environment and run folders
-	rm -rf $(VENV) runs *.egg-info

@@ -64,8 +64,7 @@ class Plan:
     def apply(self, model) -> None:
         """Edit the pass that is running. Call inside a trace, once per forward."""
         layers = self.mask.any(0).any(-1).nonzero().flatten().tolist()
-        if not layers:
-            return
+        # Read even if no head is chosen: a step of `tracer.iter` that asks for nothing never ends.
         args, kwargs = model.inputs
         past = kwargs.get("past_key_values")
         offset = past.get_seq_length() if past is not None else 0

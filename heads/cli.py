@@ -1,5 +1,6 @@
 """The command line: what there is, what it says, run it, and what works on this machine."""
 
+import ast
 import json
 import sys
 from collections import Counter
@@ -21,7 +22,8 @@ def main():
     try:
         app(standalone_mode=True)
     except (LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
-        print(f"heads: {error.args[0] if error.args else error}", file=sys.stderr)
+        # str() of a KeyError is a repr, and args[0] of an OSError from the system is a number
+        print(f"heads: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -132,25 +134,50 @@ def run(
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
     for slug in slugs:  # all of them, before the first one starts
         runner.plan(slug, preset, values)
-    failed = 0
-    for slug in slugs:
-        if refresh:
-            print(f"{slug}: renewing {runner.refresh(slug).name}", file=sys.stderr)
-            continue
-        outcome = runner.run(slug, preset, values)
-        failed += not outcome.ok
-        if outcome.ok:
-            print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
-        else:
-            print(f"{slug}: failed in {outcome.error}", file=sys.stderr)
-    raise typer.Exit(failed)
+    raise typer.Exit(sum(not (_renewed(slug) if refresh else _ran(slug, preset, values)) for slug in slugs))
+
+
+def _ran(slug, preset, values):
+    """Run one notebook and say how it ended; whether it ended well."""
+    from heads import run as runner
+
+    outcome = runner.run(slug, preset, values)
+    if outcome.ok:
+        print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
+    else:
+        print(f"{slug}: failed: {outcome.error}", file=sys.stderr)
+    return outcome.ok
+
+
+def _renewed(slug):
+    """Renew one committed notebook; whether that went well."""
+    from heads import run as runner
+
+    print(f"{slug}: executing {papers.notebook(slug).name} in a fresh kernel", file=sys.stderr)
+    try:
+        print(f"{slug}: renewed {runner.refresh(slug).name}")
+    except RuntimeError as error:
+        print(f"{slug}: failed: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _assignment(text):
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
-    return name.strip(), yaml.safe_load(value)
+    """name=value, the value a Python literal (1e-3, [1, 2], None) or else YAML ([a, b], true)."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    try:
+        if name and equals:
+            return name, _literal(value)
+    except yaml.YAMLError:
+        pass  # an unclosed bracket, say
+    raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
+
+
+def _literal(value):
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return yaml.safe_load(value)
 
 
 @app.command()

@@ -98,10 +98,14 @@ class Conditions:
         kind, values: as in `ablate`.
         phase: "decode", or "both": then nothing can be shared, and every row prefills its own prompt.
         rows: at most so many conditions in one forward (memory).
+        prefix: `prefill(model, ids[:, :-1])`, if several batches of conditions share one prompt.
+
+    Raises:
+        ValueError: no conditions, a phase that leaves decoding clean, or a prefix of another length.
     """
 
     def __init__(self, model, ids, sets: dict[str, list], kind: str = "uniform", phase: str = "decode", values=None,
-                 rows: int = 32):  # fmt: skip
+                 rows: int = 32, prefix: DynamicCache | None = None):  # fmt: skip
         if phase == "prefill":
             raise ValueError("phase='prefill' leaves decoding clean: use heads.ablate(...) for one condition at a time")
         if not sets:
@@ -110,7 +114,9 @@ class Conditions:
         chunks = [self.names[i : i + rows] for i in range(0, len(self.names), rows)]
         # an empty set still needs its row, so rows are given as lists
         self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, phase=phase, values=values)) for c in chunks]
-        self.prefix = prefill(model, self.ids[:, :-1]) if phase == "decode" else None
+        if prefix is not None and prefix.get_seq_length() != ids.shape[1] - 1:
+            raise ValueError(f"the prefix holds {prefix.get_seq_length()} positions, the prompt needs {ids.shape[1] - 1}: all but its last")
+        self.prefix = (prefix or prefill(model, self.ids[:, :-1])) if phase == "decode" else None
 
     def _start(self, edited, n: int):
         """A cache to continue from, and what every forward must be told about it."""

@@ -150,12 +150,16 @@ def parameters_in(path):
 
 
 def _parse(source, where):
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise _not_plain(error.lineno, where, source) from None
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    return [_declared(statement, comments, where, source) for statement in ast.parse(source).body]
+    return [_declared(statement, comments, where, source) for statement in statements]
 
 
 def _declared(statement, comments, where, source):
@@ -170,11 +174,13 @@ def _declared(statement, comments, where, source):
             raise ValueError
         default = ast.literal_eval(statement.value)
     except (ValueError, TypeError):
-        line = source.splitlines()[statement.lineno - 1].strip()
-        raise ValueError(
-            f"{where}, parameters cell, line {statement.lineno}: {line!r} is not `name = literal  # comment`"
-        ) from None
+        raise _not_plain(statement.lineno, where, source) from None
     return Parameter(targets[0].id, default, type(default).__name__, comments.get(statement.end_lineno, ""))
+
+
+def _not_plain(number, where, source):
+    line = source.splitlines()[number - 1].strip()
+    return ValueError(f"{where}, parameters cell, line {number}: {line!r} is not `name = literal  # comment`")
 
 
 def check_parameters(slug, values):

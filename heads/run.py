@@ -12,6 +12,8 @@ from heads import papers
 
 KERNEL = "python3"  # of this interpreter's own environment: see `_own_kernel`
 VOLATILE = ("papermill", "execution", "collapsed", "scrolled")
+DIED = "the kernel died, most often for want of memory: try smaller sizes, or a smaller model"
+LARGEST = 300_000  # bytes of a committed notebook
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def run(slug, preset=None, values=None):
     study.verdict(), which it reaches only if everything before went well.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     chosen = plan(slug, preset, values)
     source, folder = papers.notebook(slug), papers.run_folder(slug, chosen)
@@ -58,10 +61,12 @@ def run(slug, preset=None, values=None):
         with _own_kernel():
             papermill.execute_notebook(
                 str(source), str(out), parameters=chosen, kernel_name=KERNEL, cwd=str(source.parent),
-                progress_bar=sys.stderr.isatty(), log_output=False,
+                progress_bar=sys.stderr.isatty() and {"desc": slug}, log_output=False,
             )  # fmt: skip
     except papermill.PapermillExecutionError as failed:
         error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}\nThe executed copy is {_shown(out)}"
+    except DeadKernelError:
+        error = f"{DIED}\nThe executed copy, up to there, is {_shown(out)}"
     verdicts = {} if error else _verdicts(papers.figures_folder(slug, chosen))
     return Outcome(slug, not error, time.monotonic() - start, out, verdicts, error)
 
@@ -69,11 +74,11 @@ def run(slug, preset=None, values=None):
 def refresh(slug):
     """Execute the committed notebook with its defaults and replace it: fresh kernel, in order, no timings.
 
-    Raises RuntimeError where a cell fails; the committed file is then as it was.
+    Raises RuntimeError where a cell fails or the result is too large; the committed file is then as it was.
     """
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     path = papers.notebook(slug)
     papers.parameters(slug)
@@ -86,8 +91,13 @@ def refresh(slug):
             client.execute()
     except CellExecutionError as failed:
         raise RuntimeError(f"{path.name} was left as it is: {failed.ename}: {failed.evalue}") from None
+    except DeadKernelError:
+        raise RuntimeError(f"{path.name} was left as it is: {DIED}") from None
     aside = path.with_suffix(".tmp")
     nbformat.write(tidy(notebook), aside)
+    if (size := aside.stat().st_size) > LARGEST:
+        aside.unlink()
+        raise RuntimeError(f"{path.name} was left as it is: {size // 1000} kB executed, 300 kB allowed; draw smaller pictures")
     os.replace(aside, path)
     return path
 

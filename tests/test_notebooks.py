@@ -1,0 +1,271 @@
+"""The health of the committed notebooks, and proof that each check can fail.
+
+The usual tools pass when they should fail: papermill exits 0 on a misspelt parameter, nbval compares
+nothing in a notebook whose outputs were stripped. These checks run nothing; nbval runs the notebooks.
+"""
+
+import ast
+import copy
+import json
+import re
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbformat import v4
+from test_papers import toy_notebook, tree  # noqa: F401 (a fixture)
+
+from heads import papers
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+INSTALLS = re.compile(r"^\s*[!%]|pip3? install|conda install|\binput\(|git clone", re.MULTILINE)
+LOCAL_PATH = re.compile(r"(?<![\w.])/(work|home|root|tmp|Users)/|[A-Z]:\\\\?Users")
+
+
+# ---- the checks: each yields what is wrong ------------------------------------------------
+
+
+def code_cells(book):
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def tagged(book, tag):
+    return [cell for cell in book.cells if tag in cell.metadata.get("tags", [])]
+
+
+def well_formed(book, path):
+    try:
+        nbformat.validate(book)
+    except nbformat.ValidationError as error:
+        yield f"not a valid notebook: {str(error).splitlines()[0]}"
+    if book.nbformat != 4:
+        yield f"nbformat {book.nbformat}, expected 4"
+    if (name := book.metadata.get("kernelspec", {}).get("name")) != "python3":
+        yield f"its kernel is {name!r}, expected 'python3'"
+
+
+def executed_in_order(book, path):
+    counts = [cell.execution_count for cell in code_cells(book)]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"executed out of order or in part: {counts}"
+
+
+def without_errors(book, path):
+    for cell in code_cells(book):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                yield f"cell {cell.execution_count} ended in {output.ename}"
+
+
+def parameters_are_plain(book, path):
+    try:
+        declared = papers.parameters_in(path)
+    except ValueError as error:
+        yield str(error)
+        return
+    seen = papermill.inspect_notebook(path)
+    for parameter in declared:
+        if not parameter.comment:
+            yield f"parameter {parameter.name} has no comment"
+        if parameter.name not in seen or ast.literal_eval(seen[parameter.name]["default"]) != parameter.default:
+            yield f"papermill does not see {parameter.name} = {parameter.default!r}"
+
+
+def nothing_to_install(book, path):
+    for cell in code_cells(book):
+        if INSTALLS.search(cell.source):
+            yield f"cell {cell.execution_count} installs, calls a shell, or waits for input"
+
+
+def nothing_volatile(book, path):
+    for key in ("widgets", "papermill"):
+        if key in book.metadata:
+            yield f"metadata of {key}"
+    for cell in book.cells:
+        if extra := set(cell.metadata) - {"tags"}:
+            yield f"cell metadata {', '.join(sorted(extra))}"
+        for output in cell.get("outputs", []):
+            if any("widget" in mime for mime in output.get("data", {})):
+                yield f"cell {cell.execution_count} shows a widget, which is blank without a kernel"
+
+
+def small(book, path):
+    if (size := path.stat().st_size) >= 300_000:
+        yield f"{size // 1000} kB, at most 300 kB"
+
+
+def a_pleasant_rhythm(book, path):
+    code, prose = code_cells(book), [cell for cell in book.cells if cell.cell_type == "markdown"]
+    for cell in code:
+        if (lines := len(cell.source.splitlines())) > 25:
+            yield f"cell {cell.execution_count} has {lines} lines, at most 25"
+    runs = [len(list(run)) for kind, run in groupby(cell.cell_type for cell in book.cells) if kind == "code"]
+    if max(runs, default=0) > 2:
+        yield f"{max(runs)} code cells in a row, at most 2"
+    if not 12 <= len(code) <= 30:
+        yield f"{len(code)} code cells, expected 12 to 30"
+    words, tokens = (sum(len(cell.source.split()) for cell in cells) for cells in (prose, code))
+    if len(prose) < 0.8 * len(code) and words < tokens:
+        yield f"{len(prose)} cells of prose ({words} words) to {len(code)} of code ({tokens}): too little is explained"
+
+
+def no_local_paths(book, path):
+    for cell in code_cells(book):
+        shown = [{k: v for k, v in o.get("data", {}).items() if not k.startswith("image/")} | {"": o.get("text", "")} for o in cell.outputs]
+        if found := LOCAL_PATH.search(json.dumps(shown)):
+            yield f"cell {cell.execution_count} shows a path of the machine it ran on: {found[0]}"
+
+
+def presets_exist(book, path):
+    slug = path.stem[3:].replace("_", "-")
+    for name in ("smoke", "paper"):
+        try:
+            papers.check_parameters(slug, papers.preset(slug, name))
+        except (LookupError, TypeError, ValueError) as error:
+            yield f"preset {name}: {error}"
+
+
+def nbval_has_something_to_compare(book, path):
+    checked = tagged(book, "nbval-check-output")
+    if not checked:
+        yield "no cell is tagged nbval-check-output"
+    for cell in checked:
+        if not cell.get("outputs") or not cell.get("execution_count"):
+            yield "a cell tagged nbval-check-output has no output: nbval would compare nothing"
+
+
+def it_concludes(book, path):
+    if not any("study.verdict()" in cell.source for cell in code_cells(book)):
+        yield "it never calls study.verdict()"
+
+
+CHECKS = [
+    well_formed, executed_in_order, without_errors, parameters_are_plain, nothing_to_install, nothing_volatile, small,
+    a_pleasant_rhythm, no_local_paths, presets_exist, nbval_has_something_to_compare, it_concludes,
+]  # fmt: skip
+
+
+def complaints(path, checks=CHECKS):
+    """Everything that is wrong with a notebook file."""
+    book = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    return [f"{check.__name__}: {wrong}" for check in checks for wrong in check(book, path)]
+
+
+# ---- the committed notebooks --------------------------------------------------------------
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_health(path, check):
+    assert complaints(path, [check]) == []
+
+
+# ---- each check can fail ------------------------------------------------------------------
+
+
+@pytest.fixture
+def healthy(tree):  # noqa: F811
+    """A notebook that passes every check, as a file of the small tree."""
+    book = toy_notebook(*(f"print({i})" for i in range(12)))
+    for count, cell in enumerate(code_cells(book), start=1):
+        cell.execution_count = count
+        cell.outputs = [v4.new_output("stream", name="stdout", text=f"{count}\n")]
+    return book
+
+
+def saved(book):
+    path = papers.notebook("toy-paper")
+    path.write_text(json.dumps(book))
+    return path
+
+
+def test_a_healthy_notebook_has_no_complaints(healthy):
+    assert complaints(saved(healthy)) == []
+
+
+def cell(book, number=4):
+    return code_cells(book)[number - 1]
+
+
+def show(book, **data):
+    cell(book).outputs.append(v4.new_output("display_data", data={k.replace("_", "/", 1): v for k, v in data.items()}))
+
+
+BREAKS = {
+    "not a valid notebook": lambda book: cell(book).update(execution_count="four"),
+    "its kernel is 'heads'": lambda book: book.metadata.kernelspec.update(name="heads"),
+    "out of order": lambda book: cell(book).update(execution_count=9),
+    "in part": lambda book: cell(book).update(execution_count=None),
+    "ended in ZeroDivisionError": lambda book: cell(book).outputs.append(v4.new_output("error", ename="ZeroDivisionError")),
+    "0 cells tagged 'parameters'": lambda book: cell(book, 1).metadata.clear(),
+    "2 cells tagged 'parameters'": lambda book: cell(book).metadata.update(tags=["parameters"]),
+    "line 1: 'import os'": lambda book: cell(book, 1).update(source="import os\n" + cell(book, 1).source),
+    "parameter size has no comment": lambda book: cell(book, 1).update(source="size = 3\n"),
+    "cell 4 installs": lambda book: cell(book).update(source="%pip install heads"),
+    "calls a shell": lambda book: cell(book).update(source="x = 1\n!ls"),
+    "waits for input": lambda book: cell(book).update(source="name = input('?')"),
+    "metadata of widgets": lambda book: book.metadata.update(widgets={}),
+    "cell metadata execution": lambda book: cell(book).metadata.update(execution={"start": 1}),
+    "cell metadata papermill": lambda book: book.cells[0].metadata.update(papermill={}),
+    "shows a widget": lambda book: show(book, **{"application_vnd.jupyter.widget-view+json": {}}),
+    "kB, at most 300 kB": lambda book: show(book, image_png="x" * 320_000),
+    "has 26 lines": lambda book: cell(book).update(source="x = 1\n" * 26),
+    "3 code cells in a row": lambda book: book.cells.append(v4.new_code_cell("1", execution_count=16)),
+    "31 code cells": lambda book: book.cells.extend(v4.new_code_cell("1") for _ in range(16)),
+    "too little is explained": lambda book: [book.cells.pop(i) for i in (10, 6, 2)],
+    "shows a path": lambda book: show(book, text_plain="saved in /home/ada/figures"),
+    "/tmp/": lambda book: cell(book).outputs[0].update(text="see '/tmp/x.png'"),
+    "no cell is tagged": lambda book: cell(book, 15).metadata.clear(),
+    "would compare nothing": lambda book: cell(book, 15).outputs.clear(),
+    "never calls study.verdict()": lambda book: cell(book, 14).update(source="study.summary()"),
+}
+
+
+@pytest.mark.parametrize("words", BREAKS)
+def test_a_broken_copy_is_found(healthy, words):
+    broken = copy.deepcopy(healthy)
+    BREAKS[words](broken)
+    found = complaints(saved(broken))
+    assert any(words in wrong for wrong in found), found
+
+
+@pytest.mark.parametrize(
+    "presets, words",
+    [("smoke: {size: 1}", "has no preset 'paper'"), ("smoke: {sise: 1}\npaper: {}", "'sise'"), ("smoke: {size: x}\npaper: {}", "is a int")],
+)
+def test_a_broken_preset_is_found(healthy, tree, presets, words):  # noqa: F811
+    (tree / "data" / "presets" / "toy-paper.yaml").write_text(presets)
+    assert any(words in wrong for wrong in complaints(saved(healthy)))
+
+
+def test_a_picture_that_spells_a_path_is_no_complaint(healthy):
+    show(healthy, image_png="iVBOR+/tmp/abc=")
+    assert complaints(saved(healthy)) == []
+
+
+# ---- nbval compares what deserves comparing -----------------------------------------------
+
+
+def nbval(path):
+    """The exit status of nbval on one notebook, as the test command calls it."""
+    arguments = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-q", "--rootdir", path.parent]
+    done = subprocess.run([sys.executable, "-m", "pytest", *map(str, arguments), str(path)], capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("stored, tag, status", [("1", "nbval-check-output", 0), ("2", "nbval-check-output", 1), ("2", "other", 0)])
+def test_nbval_fails_on_a_wrong_output_in_a_checked_cell(tmp_path, stored, tag, status):
+    output = v4.new_output("stream", name="stdout", text=f"C{stored} holds\n")
+    checked = v4.new_code_cell("print('C1 holds')", metadata={"tags": [tag]}, execution_count=1, outputs=[output])
+    book = v4.new_notebook(cells=[checked], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nbformat.write(book, tmp_path / "tiny.ipynb")
+    found, report = nbval(tmp_path / "tiny.ipynb")
+    assert found == status, report

@@ -1,0 +1,124 @@
+"""The house style: the same bytes on every run, maps that cannot mislead, bands that say what they are."""
+
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from heads import plot
+
+DRAW = """
+import sys
+import numpy as np
+from heads import plot
+plot.style()
+values = np.random.default_rng(0).normal(size=(6, 4))
+fig, (left, right) = plot.plt.subplots(1, 2)
+plot.heatmap(values, left, highlight=[(1, 2)], title="map")
+plot.band(right, [1, 2, 3], values[:5, :3], "sets")
+right.legend()
+plot.save(fig, sys.argv[1], {"x": values.ravel()})
+"""
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.rc_context():
+        plot.style()
+        yield
+    plt.close("all")
+
+
+def drawn(ax):
+    image = ax.get_images()[0]
+    return image, image.get_clim(), image.get_cmap().name
+
+
+def test_two_processes_write_the_same_bytes(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / run / "figure")], check=True)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["figure.csv", "figure.png", "figure.svg"]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_files_hold_no_date_and_no_version(tmp_path):
+    fig, ax = plt.subplots()
+    ax.plot([1, 2])
+    for path in plot.save(fig, tmp_path / "f"):
+        content = path.read_bytes()
+        assert b"Software" not in content and b"<dc:date>" not in content and b"matplotlib.org" not in content
+
+
+def test_the_data_behind_a_figure(tmp_path):
+    fig, _ = plt.subplots()
+    path = plot.save(fig, tmp_path / "1.5-dotted", {"k": [1, 2], "value": [1 / 3, 2.0]})[2]
+    assert path.name == "1.5-dotted.csv"
+    assert path.read_text() == "k,value\n1,0.333333\n2,2\n"
+    named = pd.DataFrame({"r": [1.0]}, index=pd.Index(["stem"], name="form"))
+    assert plot.save(fig, tmp_path / "named", named)[2].read_text() == "form,r\nstem,1\n"
+
+
+def test_layer_zero_is_the_top_row():
+    ax = plot.heatmap([[1, 0], [0, 0], [0, 0]])
+    image, _, _ = drawn(ax)
+    assert image.get_array()[0, 0] == 1
+    bottom, top = ax.get_ylim()
+    assert bottom > top and (ax.get_ylabel(), ax.get_xlabel()) == ("layer", "head")
+
+
+def test_one_sign_is_sequential_from_zero():
+    _, limits, name = drawn(plot.heatmap([[0.2, 0.8]]))
+    assert limits == (0, 0.8) and name == plot.SEQUENTIAL
+    assert drawn(plot.heatmap([[0.2, 0.8]], vmax=1))[1] == (0, 1)
+
+
+@pytest.mark.parametrize("values, options, reach", [
+    ([[-0.2, 0.8]], {}, 0.8), ([[-0.9, 0.8]], {}, 0.9), ([[-0.5, -0.1]], {}, 0.5), ([[0.2, 0.8]], {"center": 0}, 0.8),
+    ([[-0.2, 0.8]], {"vmax": 2}, 2), ([[-0.2, 0.8]], {"vmin": -3, "vmax": 1}, 3), ([[0, 0]], {"center": 0}, 1),
+])  # fmt: skip
+def test_a_diverging_map_is_symmetric_about_zero(values, options, reach):
+    _, limits, name = drawn(plot.heatmap(values, **options))
+    assert limits == (-reach, reach) and name == plot.DIVERGING
+
+
+def test_marked_heads_frame_their_cell():
+    ax = plot.heatmap(np.zeros((3, 4)), highlight=[(2, 1)])
+    (frame,) = ax.patches
+    assert frame.get_xy() == (0.5, 1.5)
+    with pytest.raises(ValueError, match=r"head \(3, 0\) is outside a map of 3 layers x 4 heads"):
+        plot.heatmap(np.zeros((3, 4)), highlight=[(3, 0)])
+
+
+def test_a_missing_value_is_not_a_zero():
+    image, limits, _ = drawn(plot.heatmap([[np.nan, 0.5]]))
+    assert image.get_array().mask[0, 0] and limits == (0, 0.5)
+    grey, zero = image.cmap(np.ma.masked_invalid([np.nan, 0.0]))
+    assert not np.allclose(grey, zero)
+
+
+def test_what_is_no_map_is_refused():
+    with pytest.raises(ValueError, match="layer, head"):
+        plot.heatmap([1, 2, 3])
+    with pytest.raises(ValueError, match="center is None or 0"):
+        plot.heatmap([[1.0]], center=0.5)
+
+
+def test_a_band_is_the_spread_of_the_sets():
+    _, ax = plt.subplots()
+    samples = np.array([[0.0, 10.0], [1.0, 20.0], [5.0, 30.0]])
+    line = plot.band(ax, [1, 2], samples, "random")
+    assert np.allclose(line.get_ydata(), [2, 20]) and line.get_label() == "random"
+    heights = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert np.isclose(heights.min(), np.percentile(samples[:, 0], 2.5))
+    assert np.isclose(heights.max(), np.percentile(samples[:, 1], 97.5))
+    _, ax = plt.subplots()
+    plot.band(ax, [1, 2], [[1, 2]])
+    assert not ax.collections, "one set has no spread"
+    with pytest.raises(ValueError, match=r"expected \[any, 2\]"):
+        plot.band(ax, [1, 2], np.zeros((2, 3)))

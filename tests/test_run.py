@@ -1,0 +1,157 @@
+"""Running a notebook: refused before it starts, executed in this environment, published only after success."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from test_papers import CLAIMS, DEFAULTS, FIGURE, STUDY, toy_notebook, tree  # noqa: F401 (a fixture)
+
+from heads import papers, run
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write(*cells):
+    nbformat.write(toy_notebook(*cells), papers.notebook("toy-paper"))
+
+
+# ---- before anything starts ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "slug, preset, values, error, words",
+    [
+        ("toy-papers", None, {}, LookupError, "'toy-paper'"),
+        ("far-paper", None, {}, FileNotFoundError, "no notebook yet"),
+        ("toy-paper", "smoek", {}, LookupError, "'smoke'"),
+        ("toy-paper", None, {"sise": 1}, TypeError, "'size'"),
+        ("toy-paper", None, {"size": "many"}, TypeError, "is a int"),
+        ("toy-paper", "smoke", {"rate": "x"}, TypeError, "is a float"),
+    ],
+)
+def test_what_cannot_run_is_refused(tree, slug, preset, values, error, words):  # noqa: F811
+    with pytest.raises(error, match=words):
+        run.plan(slug, preset, values)
+
+
+def test_a_value_goes_before_a_preset(tree):  # noqa: F811
+    assert run.plan("toy-paper", "paper", {"size": 4}) == {"size": 4, "names": ["c"]}
+
+
+def test_an_unknown_model_is_refused(tree):  # noqa: F811
+    nbformat.write(toy_notebook(parameters='model = "smollm2-135m"  # which\n'), papers.notebook("toy-paper"))
+    assert run.plan("toy-paper", None, {"model": "tiny-llama"}) == {"model": "tiny-llama"}
+    with pytest.raises(LookupError, match="smollm2-135m"):
+        run.plan("toy-paper", None, {"model": "smollm2"})
+
+
+# ---- one run ------------------------------------------------------------------------------
+
+
+def test_a_default_run_publishes_and_leaves_the_source_alone(tree):  # noqa: F811
+    source = papers.notebook("toy-paper").read_bytes()
+    outcome = run.run("toy-paper")
+    assert outcome.ok, outcome.error
+    assert outcome.verdicts == {"C1": "holds", "C2": "not tested here"} and outcome.seconds > 0
+    assert outcome.notebook == tree / "runs" / "toy-paper-default" / "notebook.ipynb"
+    assert papers.notebook("toy-paper").read_bytes() == source
+    assert set(snapshot(tree / "figures" / "toy-paper")) == {"1-line.png", "1-line.svg", "1-line.csv", "result.json"}
+    assert papers.result("toy-paper")["parameters"] == DEFAULTS
+    executed = nbformat.read(outcome.notebook, as_version=4)
+    pictures = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 1, "a figure appears once"
+
+
+def test_a_run_of_ones_own_stays_in_its_folder(tree):  # noqa: F811
+    outcome = run.run("toy-paper", "smoke", {"rate": 0.01, "limit": 3})
+    assert not outcome.ok and "needs why=" in outcome.error, "C1 fails at this rate, and the cell gives no reason"
+    outcome = run.run("toy-paper", "smoke")
+    assert outcome.ok, outcome.error
+    result = json.loads((tree / "runs" / "toy-paper-smoke" / "figures" / "result.json").read_text())
+    assert result["preset"] == "smoke" and result["parameters"]["size"] == 1
+    assert papers.result("toy-paper") is None
+
+
+def test_a_failed_cell_is_named_and_the_last_good_figures_stay(tree):  # noqa: F811
+    assert run.run("toy-paper").ok
+    good = snapshot(tree / "figures" / "toy-paper")
+    write(STUDY, FIGURE, "1 / 0")
+    outcome = run.run("toy-paper")
+    assert not outcome.ok and outcome.verdicts == {}
+    assert "cell 4: ZeroDivisionError: division by zero" in outcome.error and "notebook.ipynb" in outcome.error
+    assert snapshot(tree / "figures" / "toy-paper") == good
+
+
+def test_a_kernel_that_dies_is_a_failed_run(tree):  # noqa: F811
+    write(STUDY, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    outcome = run.run("toy-paper")
+    assert not outcome.ok and "died" in outcome.error
+
+
+def test_the_kernel_is_this_interpreter_whatever_is_in_the_home_folder(tree, monkeypatch):  # noqa: F811
+    spec = tree / "home" / ".local" / "share" / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "Another", "language": "python"}')
+    monkeypatch.setenv("HOME", str(tree / "home"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    write(f"import sys\nassert sys.executable == {sys.executable!r}", STUDY, CLAIMS)
+    outcome = run.run("toy-paper")
+    assert outcome.ok, outcome.error
+
+
+def test_a_killed_run_leaves_the_last_good_figures(tree):  # noqa: F811
+    assert run.run("toy-paper").ok
+    good = snapshot(tree / "figures" / "toy-paper")
+    write(STUDY, FIGURE, f"import os, time\nopen({str(tree / 'halfway')!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)")
+    process = subprocess.Popen([sys.executable, "-m", "heads", "run", "toy-paper"], stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 60
+    while not (tree / "halfway").exists() or not (tree / "halfway").read_text():
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.kill(int((tree / "halfway").read_text()), signal.SIGKILL)  # its kernel, which sleeps on
+    assert snapshot(tree / "figures" / "toy-paper") == good
+
+
+# ---- the committed notebook ---------------------------------------------------------------
+
+
+def test_refresh_commits_the_same_bytes_twice(tree):  # noqa: F811
+    path = papers.notebook("toy-paper")
+    run.refresh("toy-paper")
+    first = path.read_bytes()
+    book = nbformat.reads(first.decode(), as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert [cell.metadata for cell in code if cell.metadata] == [{"tags": ["parameters"]}, {"tags": ["nbval-check-output"]}]
+    assert code[-1].outputs[0].text == "C1 holds\nC2 not tested here\n"
+    assert set(book.metadata) == {"kernelspec", "language_info"} and book.metadata.kernelspec.name == "python3"
+    run.refresh("toy-paper")
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_failed_refresh_leaves_the_notebook(tree):  # noqa: F811
+    write(STUDY, "1 / 0")
+    path = papers.notebook("toy-paper")
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        run.refresh("toy-paper")
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_notebook_too_large_to_commit_is_refused(tree):  # noqa: F811
+    write(STUDY, CLAIMS, "print('x' * 400_000)")
+    path = papers.notebook("toy-paper")
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="300 kB"):
+        run.refresh("toy-paper")
+    assert path.read_bytes() == before
