@@ -21,11 +21,11 @@ help:  ## list these targets
 figures: $(MODEL)  ## regenerate the figures of all ready papers, or of one: PAPER=retrieval-head
 	$(HEADS) run $(or $(PAPER),--all) $(ARGS)
 
-# Both halves run even if the first fails, and both draw into a folder of their own, so that
-# a test leaves the committed figures alone.
+# The notebooks run even if a test fails (1), not after a Ctrl-C (2). Both draw into a folder of
+# their own, so that a test leaves the committed figures alone.
 test: $(MODEL)  ## the tests, then every notebook
 	@HEADS_FIGURES=$$(mktemp -d); export HEADS_FIGURES; trap 'rm -rf "$$HEADS_FIGURES"' EXIT; \
-	status=0; $(PY) -m pytest tests || status=1; \
+	status=0; $(PY) -m pytest tests || status=$$?; test $$status -le 1 || exit $$status; \
 	if ls notebooks/*.ipynb >/dev/null 2>&1; then \
 		$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 			-p no:cacheprovider notebooks || status=1; \

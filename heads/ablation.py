@@ -72,6 +72,8 @@ class Plan:
             attn = model.layers[i].attn
             # A query of zeros makes all logits equal: attention is uniform over what is visible.
             view = attn.q if self.kind == "uniform" else attn.heads
+            if len(self.mask) not in (1, len(view)):
+                raise ValueError(f"{len(self.mask)} sets of heads for a batch of {len(view)} rows: give one, or one for each row")
             at = self.where(offset, view.shape[1])
             if at:
                 chosen = self.mask[:, i, None, :, None].to(view.device)
@@ -140,7 +142,7 @@ def reference_values(model, texts, kind: str, per_position: bool = True, seed: i
     if isinstance(texts, (str, Mapping)):
         raise TypeError("a reference is a list of texts")
     texts = list(texts)
-    if kind == "resample":
+    if kind == "resample" and texts:
         texts = [texts[torch.randint(len(texts), (1,), generator=torch.Generator().manual_seed(seed)).item()]]
     return head_means(model, texts, per_position=per_position or kind == "resample")
 

@@ -178,8 +178,8 @@ FAMILIES: dict[str, Names] = {
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Counts of a model's parts. `windows[i]` is the sliding window of layer i in tokens, None where
-    the layer sees everything."""
+    """Counts of a model's parts. `windows[i]` is the sliding window of layer i in tokens (in an encoder: on
+    either side), None where the layer sees everything."""
 
     family: str
     n_layers: int

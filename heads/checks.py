@@ -59,8 +59,10 @@ def _sum(model, ids, tolerance) -> float:
         nnsight.save(q), nnsight.save(z), nnsight.save(out)
     worst = 0.0
     for i in range(model.anatomy.n_layers):
-        if tuple(q[i][2:]) != (model.anatomy.n_heads, model.anatomy.d_head):
-            raise IdentityError(f"layer {i}: the attention call sees queries of {tuple(q[i][2:])} (heads, d_head), the config says otherwise")
+        expected = (model.anatomy.n_heads, model.anatomy.d_head)
+        for what, shape in (("queries", q[i]), ("heads", z[i].shape)):
+            if tuple(shape[2:]) != expected:
+                raise IdentityError(f"layer {i}: the {what} are {tuple(shape[2:])} (heads, d_head), the config says {expected}")
         bias = _bias(model, i)
         error = _close(head_outputs(model, i, z[i]).sum(-2) + bias, out[i], tolerance)
         if not error <= 1:

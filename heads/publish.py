@@ -1,12 +1,15 @@
 """What a run leaves behind: a folder that is replaced as a whole, and a record of where it ran."""
 
+import atexit
 import os
 import platform
 import shutil
 import sys
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 from packaging.requirements import Requirement
 
@@ -14,43 +17,52 @@ from packaging.requirements import Requirement
 class Folder:
     """A folder that is written aside (`work`) and takes its place by `publish()`, all or nothing.
 
-    A folder aside that belongs to a process which has ended is removed at the next start.
+    A process that fails or is killed, at any moment, leaves the last good folder: what it left aside
+    is removed, and a swap that it did not finish is undone, at the next start.
     """
 
     def __init__(self, target):
         self.target = Path(target)
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in self.target.parent.glob(f".{self.target.name}.tmp-*"):
-            if not _alive(int(stale.name.rsplit("-", 1)[-1])):
-                shutil.rmtree(stale, ignore_errors=True)
-        self.work = self.target.with_name(f".{self.target.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._lock = FileLock(self._aside("lock"))
+        # The machine is part of the name: on a shared disk, a process id of another machine says nothing.
+        self._machine = sha256(platform.node().encode()).hexdigest()[:8]
+        self._owner = f"{self._machine}-{os.getpid()}"
+        self.work = self._aside(f"tmp-{self._owner}")
+        self._recover()
         self.work.mkdir()
+        atexit.register(shutil.rmtree, self.work, ignore_errors=True)
 
     def publish(self):
-        """Swap the written folder in; if that fails, the old one is put back."""
-        old = self.target.with_name(f".{self.target.name}.old-{os.getpid()}")
-        with FileLock(self.target.with_name(f".{self.target.name}.lock")):
+        """Swap a copy of `work` in, by two renames; if that fails, the old folder is put back."""
+        new, old = self._aside(f"new-{self._owner}"), self._aside(f"old-{self._owner}")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(self.work, new)
+        with self._lock:
             if self.target.exists():
                 self.target.rename(old)
             try:
-                shutil.copytree(self.work, self.target)
+                new.rename(self.target)
             except OSError:
-                shutil.rmtree(self.target, ignore_errors=True)
                 if old.exists():
                     old.rename(self.target)
                 raise
             shutil.rmtree(old, ignore_errors=True)
 
+    def _aside(self, suffix):
+        return self.target.with_name(f".{self.target.name}.{suffix}")
 
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+    def _recover(self):
+        with self._lock:  # so no swap is under way, and an old folder is one that was not put back
+            for old in self.target.parent.glob(self._aside("old-*").name):
+                if not self.target.exists():
+                    old.rename(self.target)
+                shutil.rmtree(old, ignore_errors=True)
+            for kind in ("tmp", "new"):
+                for left in self.target.parent.glob(self._aside(f"{kind}-{self._machine}-*").name):
+                    process = int(left.name.rpartition("-")[2])
+                    if process == os.getpid() or not psutil.pid_exists(process):
+                        shutil.rmtree(left, ignore_errors=True)
 
 
 def versions():

@@ -97,7 +97,7 @@ def refresh(slug):
     nbformat.write(tidy(notebook), aside)
     if (size := aside.stat().st_size) > LARGEST:
         aside.unlink()
-        raise RuntimeError(f"{path.name} was left as it is: {size // 1000} kB executed, 300 kB allowed; draw smaller pictures")
+        raise RuntimeError(f"{path.name} was left as it is: executed, {size // 1000} kB; 300 kB are allowed. Draw less")
     os.replace(aside, path)
     return path
 

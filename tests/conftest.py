@@ -1,18 +1,29 @@
-"""What the tests share: a tiny random model of every family, the default model, and plain transformers."""
+"""What the tests share: a tiny random model of every family, the default model, and plain transformers.
 
-import copy
+`Plain` is the second opinion. It never asks heads where anything is: the places of the output projections
+are written out here, attention is transformers' own eager one, and edits are torch's own hooks.
+"""
+
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
 
 import heads
+import heads.tiny
 from heads.models import TINY
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = tuple(family for family in TINY if family not in ENCODERS)
+PROJECTIONS = {
+    "gpt2": "transformer.h.{}.attn.c_proj",
+    "gpt-neox": "gpt_neox.layers.{}.attention.dense",
+    "bert": "bert.encoder.layer.{}.attention.output.dense",
+    "modernbert": "model.layers.{}.attn.Wo",
+}
 
 
 @cache
@@ -27,17 +38,82 @@ def ids_of(model, length: int = 12, rows: int = 1, seed: int = 0) -> torch.Tenso
     return torch.randint(5, size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def padded(model, texts, side: str = "left") -> dict:
+    """Prompts of different lengths as one batch; positions count the real tokens."""
+    found = model.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side=side)
+    mask = found["attention_mask"]
+    return {"input_ids": found["input_ids"], "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def logits_of(model, ids, **kwargs) -> torch.Tensor:
+    """Logits of a loaded or ablated model, through a trace."""
+    with torch.no_grad(), model.trace(input_ids=ids, **kwargs):
+        found = model.logits.save()
+    return found
+
+
 def plain_logits(model, ids, **kwargs) -> torch.Tensor:
-    """Logits of the module itself: no nnsight."""
+    """Logits of the loaded module itself, without nnsight."""
     with torch.no_grad():
-        return model._module(ids, **kwargs).logits
+        return model._module(input_ids=ids, **kwargs).logits
 
 
-def eager(model):
-    """A copy of the module with transformers' own eager attention: nothing of heads is left in it."""
-    module = copy.deepcopy(model._module)
-    module.set_attn_implementation("eager")
-    return module
+def near(ours, theirs, scale: float = 1) -> None:
+    torch.testing.assert_close(ours, theirs, atol=5e-5 * scale, rtol=1e-4 * scale)
+
+
+class Plain:
+    """The weights of a tiny model in a transformers module that knows nothing of heads."""
+
+    def __init__(self, family: str):
+        self.module = heads.tiny.build(family)[0].requires_grad_(False)
+        self.module.set_attn_implementation("eager")
+        self.n_layers, self.n_heads = self.module.config.num_hidden_layers, self.module.config.num_attention_heads
+        place = PROJECTIONS.get(family, "model.layers.{}.self_attn.o_proj")
+        self.projections = [self.module.get_submodule(place.format(i)) for i in range(self.n_layers)]
+
+    def __call__(self, ids, **kwargs):
+        with torch.no_grad():
+            return self.module(input_ids=ids, **kwargs)
+
+    def slices(self, layer: int) -> torch.Tensor:
+        """Weight of a projection, `[head, d_head, d_model]` (a view)."""
+        module = self.projections[layer]
+        weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T
+        return weight.view(self.n_heads, -1, weight.shape[-1])
+
+    @contextmanager
+    def edited(self, change):
+        """`change(layer, z)` sees the heads `[batch, position, head, d_head]` and may return others."""
+
+        def hook(layer):
+            def edit(module, args):
+                z = args[0].unflatten(-1, (self.n_heads, -1))
+                new = change(layer, z.clone())
+                return None if new is None else (new.flatten(-2), *args[1:])
+
+            return edit
+
+        handles = [module.register_forward_pre_hook(hook(i)) for i, module in enumerate(self.projections)]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def z(self, ids, **kwargs) -> list[torch.Tensor]:
+        """The heads of every layer, `[batch, position, head, d_head]`."""
+        seen = []
+        with self.edited(lambda layer, z: seen.append(z)):
+            self(ids, **kwargs)
+        return seen
+
+
+plain = cache(Plain)
+
+
+def plain_of(model) -> Plain:
+    return plain(model.record["name"].removeprefix("tiny-"))
 
 
 @pytest.fixture(params=TINY)
@@ -62,6 +138,15 @@ def default():
 
 
 @pytest.fixture(scope="session")
+def default_eager():
+    """The default model in plain transformers, with eager attention."""
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(heads.models.fetch(), attn_implementation="eager", dtype=torch.float32)
+    return found.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
 def sample(default):
     """One short needle prompt for the default model."""
-    return heads.tasks.needle(default, lengths=[200], depths=[0.5])[0]
+    return heads.tasks.needle(default, lengths=[120], depths=[0.5])[0]

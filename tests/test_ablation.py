@@ -1,167 +1,272 @@
 """Ablations equal what a hand-written hook on plain transformers does, at the right places."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import DECODERS, ids_of, plain_logits, tiny
+from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_anatomy import projection
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 import heads
+from heads.ablation import KINDS
 
 CHOSEN = [(0, 1), (2, 3), (2, 0)]
+TEXTS = ["ten brown owls", "a grey teapot", "the old lamps"]  # 14, 13 and 13 tokens
+LENGTH = 12
 
 
-def logits(model, ids):
-    with model.trace(ids):
-        found = model.logits.save()
-    return found
+def replaced(plain, chosen, new=None, at=slice(None)):
+    """A plain module with heads replaced at some positions: by zero, or by `new[layer]` `[position, head, d_head]`."""
+
+    def change(layer, z):
+        for head in (h for i, h in chosen if i == layer):
+            z[:, at, head] = 0 if new is None else new[layer].expand_as(z[0])[at, head]
+        return z
+
+    return plain.edited(change)
 
 
-def by_hooks(model, chosen, ids, replace, at=slice(None)):
-    """Logits with heads replaced by plain PyTorch hooks: `replace(layer)` is what goes in their place."""
-    d, handles = model.anatomy.d_head, []
-    for layer in {layer for layer, _ in chosen}:
+@contextmanager
+def uniform(plain, chosen, at=slice(None)):
+    """The paper's masking by hand: chosen heads have all their logits set to 0 before the mask is added."""
 
-        def hook(module, args, layer=layer):
-            x = args[0].clone()
-            for head in (h for other, h in chosen if other == layer):
-                part = slice(head * d, (head + 1) * d)
-                x[:, at, part] = replace(layer)[..., part] if replace else 0
-            return (x, *args[1:])
+    def attention(module, query, key, value, mask, scaling=None, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        logits = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+        for layer, head in chosen:
+            if layer == module.layer_idx:
+                logits[:, head, at] = 0
+        rows = (logits + (0 if mask is None else mask)).softmax(-1)
+        return (rows @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), rows
 
-        handles.append(projection(model, layer).register_forward_pre_hook(hook))
+    AttentionInterface.register("by_hand", attention)
+    AttentionMaskInterface.register("by_hand", eager_mask)
+    plain.module.set_attn_implementation("by_hand")
     try:
-        return plain_logits(model, ids)
+        yield plain
     finally:
-        [handle.remove() for handle in handles]
+        plain.module.set_attn_implementation("eager")
 
 
-def inputs_of_projections(model, ids):
-    seen, handles = {}, []
-    for layer in range(model.anatomy.n_layers):
-        handles.append(
-            projection(model, layer).register_forward_pre_hook(lambda m, args, layer=layer: seen.update({layer: args[0]}))
-        )
-    plain_logits(model, ids)
-    [handle.remove() for handle in handles]
-    return seen
+def by_hand(kind, plain, chosen, at=slice(None)):
+    return uniform(plain, chosen, at) if kind == "uniform" else replaced(plain, chosen, at=at)
 
 
-def near(a, b):
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+def matters(model, edited, ids):
+    """An ablation that does nothing would pass every comparison."""
+    assert (edited - plain_logits(model, ids)).abs().max() > 1e-2
 
 
-def test_zero(any_model):
-    ids = ids_of(any_model, rows=2)
-    near(logits(heads.ablate(any_model, CHOSEN), ids), by_hooks(any_model, CHOSEN, ids, None))
+# --------------------------------------------------------------------------------- the four kinds
 
 
-def test_mean_per_position_and_over_all(any_model):
-    ids, reference = ids_of(any_model), [ids_of(any_model, seed=s) for s in (1, 2, 3)]
-    seen = [inputs_of_projections(any_model, r) for r in reference]
-    mean = {layer: torch.stack([s[layer] for s in seen]).mean(0) for layer in seen[0]}
-    near(logits(heads.ablate(any_model, CHOSEN, "mean", reference=reference), ids), by_hooks(any_model, CHOSEN, ids, mean.get))
-    flat = {layer: m.mean(1, keepdim=True) for layer, m in mean.items()}
-    ours = heads.ablate(any_model, CHOSEN, "mean", reference=reference, per_position=False)
-    near(logits(ours, ids), by_hooks(any_model, CHOSEN, ids, flat.get))
+def test_zero_equals_a_hook(any_model):
+    ids, plain = ids_of(any_model, rows=2), plain_of(any_model)
+    found = logits_of(heads.ablate(any_model, CHOSEN), ids)
+    with replaced(plain, CHOSEN):
+        near(found, plain(ids).logits)
+    matters(any_model, found, ids)
 
 
-def test_resample(any_model):
-    ids, other = ids_of(any_model), ids_of(any_model, seed=7)
-    seen = inputs_of_projections(any_model, other)
-    near(logits(heads.ablate(any_model, CHOSEN, "resample", reference=[other]), ids), by_hooks(any_model, CHOSEN, ids, seen.get))
+def test_mean_per_position_and_over_all_positions_equal_hooks(any_model):
+    ids, plain = ids_of(any_model, length=LENGTH), plain_of(any_model)
+    reference = [ids_of(any_model, length=LENGTH, seed=s) for s in (1, 2, 3)]
+    z = [torch.stack([plain.z(r)[i][0] for r in reference]) for i in range(4)]  # per layer: [text, position, head, d_head]
+    for per_position, means in ((True, [x.mean(0) for x in z]), (False, [x.mean((0, 1)) for x in z])):
+        found = logits_of(heads.ablate(any_model, CHOSEN, "mean", reference=reference, per_position=per_position), ids)
+        near(torch.stack(means), heads.head_means(any_model, reference, per_position=per_position))
+        with replaced(plain, CHOSEN, means):
+            near(found, plain(ids).logits)
+        matters(any_model, found, ids)
 
 
-def test_uniform_attention_is_the_mean_of_the_visible_values(any_model):
-    ids = ids_of(any_model)
-    edited = heads.ablate(any_model, [(1, 2)], "uniform")
-    with edited.trace(ids):
-        v = edited.layers[1].attn.v.save()
-        pattern = edited.layers[1].attn.pattern.save()
-        z = edited.layers[1].attn.heads.save()
-    visible = (pattern[0, 2] > 0).float()
-    uniform = visible / visible.sum(-1, keepdim=True)
-    near(pattern[0, 2], uniform)
-    group = any_model.anatomy.n_heads // any_model.anatomy.n_kv_heads
-    near(z[0, :, 2], uniform @ v[0, :, 2 // group])
+def test_resample_equals_a_hook_with_the_drawn_text(any_model):
+    ids, plain = ids_of(any_model, length=LENGTH), plain_of(any_model)
+    reference = [ids_of(any_model, length=LENGTH, seed=s) for s in (1, 2)]
+    candidates = []
+    for text in reference:
+        with replaced(plain, CHOSEN, [z[0] for z in plain.z(text)]):
+            candidates.append(plain(ids).logits)
+    drawn = []
+    for seed in range(8):
+        found = logits_of(heads.ablate(any_model, CHOSEN, "resample", reference=reference, seed=seed), ids)
+        drawn.append(min((0, 1), key=lambda i: (found - candidates[i]).abs().max()))
+        near(found, candidates[drawn[-1]])
+    assert set(drawn) == {0, 1}, "the seed never changes the text that is drawn"
 
 
-@pytest.mark.parametrize("positions, at", [([3], [3]), ([-1], [11]), ([0, -2], [0, 10])])
-def test_positions(llama, positions, at):
-    ids = ids_of(llama)
-    near(logits(heads.ablate(llama, CHOSEN, positions=positions), ids), by_hooks(llama, CHOSEN, ids, None, at))
+def test_uniform_equals_zeroed_attention_logits(any_model):
+    ids, plain = ids_of(any_model, length=24, rows=2), plain_of(any_model)  # longer than the sliding windows
+    found = logits_of(heads.ablate(any_model, CHOSEN, "uniform"), ids)
+    with uniform(plain, CHOSEN):
+        near(found, plain(ids).logits)
+    matters(any_model, found, ids)
 
 
-def test_prefill_and_decode_meet_at_the_last_prompt_token(llama):
-    ids = ids_of(llama)
-    near(logits(heads.ablate(llama, CHOSEN, phase="decode"), ids), by_hooks(llama, CHOSEN, ids, None, [11]))
-    near(logits(heads.ablate(llama, CHOSEN, phase="prefill"), ids), by_hooks(llama, CHOSEN, ids, None, slice(0, 11)))
+def test_values_may_be_given_instead_of_a_reference(llama):
+    ids, texts = ids_of(llama, length=13), TEXTS[1:]
+    means = heads.head_means(llama, texts)
+    assert means.shape == (4, 13, 4, 8)
+    given_values = logits_of(heads.ablate(llama, CHOSEN, "mean", values=means), ids)
+    assert torch.equal(given_values, logits_of(heads.ablate(llama, CHOSEN, "mean", reference=texts), ids))
 
 
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("phase", ["both", "decode", "prefill"])
-def test_generate_equals_running_the_whole_text_again(family, phase):
-    """The cache must not remember or forget an ablation: one long forward per token is the oracle."""
-    model, prompt, steps = tiny(family), ids_of(tiny(family), length=10), 4
-    edited = heads.ablate(model, CHOSEN, phase=phase)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with edited.generate(prompt, max_new_tokens=steps, min_new_tokens=steps, do_sample=False) as tracer:
-            found = tracer.result.save()
+# ------------------------------------------------------------------------------- where and when
+
+
+@pytest.mark.parametrize("kind", ["zero", "uniform"])
+@pytest.mark.parametrize("positions, at", [([3], [3]), ([-1], [11]), ([0, -2], [0, 10]), ([], []), ([40], [])])
+def test_positions_count_from_the_start_or_back_from_the_end_of_the_prompt(decoder, kind, positions, at):
+    ids, plain = ids_of(decoder, length=LENGTH), plain_of(decoder)
+    found = logits_of(heads.ablate(decoder, CHOSEN, kind, positions=positions), ids)
+    with by_hand(kind, plain, CHOSEN, at):
+        near(found, plain(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["zero", "uniform"])
+@pytest.mark.parametrize("phase, at", [("both", slice(None)), ("decode", slice(11, None)), ("prefill", slice(0, 11))])
+def test_the_last_prompt_token_belongs_to_decoding(decoder, kind, phase, at):
+    ids, plain = ids_of(decoder, length=LENGTH), plain_of(decoder)
+    found = logits_of(heads.ablate(decoder, CHOSEN, kind, phase=phase), ids)
+    with by_hand(kind, plain, CHOSEN, at):
+        near(found, plain(ids).logits)
+    matters(decoder, found, ids)
+
+
+@pytest.mark.parametrize("kind", ["zero", "uniform"])
+@pytest.mark.parametrize(
+    "where, at",
+    [
+        ({"phase": "both"}, slice(None)),
+        ({"phase": "decode"}, slice(9, None)),
+        ({"phase": "prefill"}, slice(0, 9)),
+        ({"positions": [2, -1, 11]}, [2, 9, 11]),
+    ],
+    ids=["both", "decode", "prefill", "positions"],
+)
+def test_generate_equals_running_the_whole_text_again(decoder, kind, where, at):
+    """The cache neither remembers nor forgets an ablation: one long forward per token is the oracle."""
+    prompt, steps, plain = ids_of(decoder, length=10, rows=2), 5, plain_of(decoder)
+    edited = heads.ablate(decoder, CHOSEN, kind, **where)
+    with edited.generate(prompt, max_new_tokens=steps, min_new_tokens=steps, do_sample=False) as tracer:
+        found = tracer.result.save()
     ids = prompt
     for _ in range(steps):
-        at = {"both": slice(None), "decode": slice(9, None), "prefill": slice(0, 9)}[phase]
-        ids = torch.cat([ids, by_hooks(model, CHOSEN, ids, None, at)[:, -1:].argmax(-1)], dim=1)
+        reached = at if isinstance(at, slice) else [p for p in at if p < ids.shape[1]]
+        with by_hand(kind, plain, CHOSEN, reached):
+            logits = plain(ids).logits[:, -1:]
+        logits[..., plain.module.config.eos_token_id] = -torch.inf  # min_new_tokens
+        ids = torch.cat([ids, logits.argmax(-1)], dim=1)
     assert torch.equal(found, ids)
 
 
-def test_each_row_of_a_batch_has_its_own_set(llama):
-    ids = ids_of(llama).expand(3, -1)
-    sets = [[], [(0, 1)], CHOSEN]
-    found = logits(heads.ablate(llama, sets), ids)
-    for row, chosen in enumerate(sets):
-        near(found[row : row + 1], by_hooks(llama, chosen, ids[:1], None))
+def test_a_padded_batch_is_ablated_like_each_prompt(decoder):
+    texts = ["rain", "ten geese and a lamp", "two brown owls"]
+    for kind in ("zero", "uniform"):
+        edited = heads.ablate(decoder, CHOSEN, kind, phase="decode")
+        inputs = padded(decoder, texts)
+        found = logits_of(edited, **{"ids": inputs.pop("input_ids"), **inputs})[:, -1]
+        for row, text in enumerate(texts):
+            near(found[row], logits_of(edited, decoder.ids(text))[0, -1])
 
 
-def test_the_original_is_as_it_was_and_nothing_warns(llama):
-    ids = ids_of(llama)
-    before = plain_logits(llama, ids)
+def test_each_row_of_a_batch_has_its_own_set(decoder):
+    ids, plain, sets = ids_of(decoder).expand(3, -1), plain_of(decoder), [[], [(0, 1)], CHOSEN]
+    for kind in ("zero", "uniform"):
+        found = logits_of(heads.ablate(decoder, sets, kind), ids)
+        for row, chosen in enumerate(sets):
+            with by_hand(kind, plain, chosen):
+                near(found[row : row + 1], plain(ids[:1]).logits)
+
+
+def test_different_ablations_stack(decoder):
+    ids, plain = ids_of(decoder), plain_of(decoder)
+    edited = heads.ablate(heads.ablate(decoder, [(1, 0)], "uniform"), [(2, 1)], positions=[4])
+    with uniform(plain, [(1, 0)]), replaced(plain, [(2, 1)], at=[4]):
+        near(logits_of(edited, ids), plain(ids).logits)
+
+
+def test_an_ablated_model_can_be_read_and_edited(llama):
+    ids, plain = ids_of(llama), plain_of(llama)
+    edited = heads.ablate(llama, [(0, 1)])
+    with edited.trace(ids):
+        z = edited.layers[0].attn.heads.clone().save()
+        edited.layers[2].attn.heads[:, :, 3] = 0
+        logits = edited.logits.save()
+    assert (z[:, :, 1] == 0).all() and (z[:, :, 0] != 0).all()
+    with replaced(plain, [(0, 1), (2, 3)]):
+        near(logits, plain(ids).logits)
+
+
+# ------------------------------------------------------------------------------------ what stays
+
+
+def test_the_original_is_unchanged_while_and_after_it_is_ablated(any_model):
+    ids = ids_of(any_model)
+    before = plain_logits(any_model, ids)
+    edited = heads.ablate(any_model, CHOSEN)
+    matters(any_model, logits_of(edited, ids), ids)
+    assert torch.equal(logits_of(any_model, ids), before) and torch.equal(plain_logits(any_model, ids), before)
+
+
+def test_no_warning_reaches_the_user(decoder):
+    edited, ids = heads.ablate(heads.ablate(decoder, [(1, 1)]), CHOSEN, "uniform", phase="decode"), ids_of(decoder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        logits(heads.ablate(llama, CHOSEN), ids)
-    assert torch.equal(logits(llama, ids), before)
+        logits_of(edited, ids)
+        with edited.generate(ids, max_new_tokens=3, do_sample=False) as tracer:
+            tracer.result.save()
 
 
-heads_of_llama = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=5)
+some_heads = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=5)
+quick = settings(max_examples=20, deadline=None)
 
 
-@settings(max_examples=15, deadline=None)
-@given(first=heads_of_llama, second=heads_of_llama)
-def test_ablations_stack_and_order_does_not_matter(first, second):
-    model = tiny("llama")
-    ids = ids_of(model)
-    one = logits(heads.ablate(heads.ablate(model, first), second), ids)
-    near(one, logits(heads.ablate(model, [*second, *first]), ids))
+@quick
+@given(first=some_heads, second=some_heads)
+def test_zeroing_one_set_then_another_zeroes_their_union(first, second):
+    model, ids = tiny("llama"), ids_of(tiny("llama"))
+    stacked = logits_of(heads.ablate(heads.ablate(model, first), second), ids)
+    assert torch.equal(stacked, logits_of(heads.ablate(model, {*first, *second}), ids))
 
 
-def test_ablating_nothing_changes_nothing(any_model):
-    ids = ids_of(any_model)
-    assert torch.equal(logits(heads.ablate(any_model, []), ids), plain_logits(any_model, ids))
+@quick
+@given(chosen=some_heads, kind=st.sampled_from(["zero", "uniform"]), random=st.randoms(use_true_random=False))
+def test_the_order_of_heads_does_not_matter(chosen, kind, random):
+    model, ids = tiny("qwen3"), ids_of(tiny("qwen3"))
+    shuffled = random.sample(chosen, len(chosen)) + chosen[:1]
+    assert torch.equal(logits_of(heads.ablate(model, chosen, kind), ids), logits_of(heads.ablate(model, shuffled, kind), ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nothing", [[], [[]], [[], []]], ids=["no heads", "one empty set", "two empty sets"])
+def test_ablating_nothing_changes_nothing_to_the_bit(any_model, kind, nothing):
+    ids = ids_of(any_model, rows=2)
+    reference = {"reference": [ids_of(any_model, seed=1)]} if kind in ("mean", "resample") else {}
+    assert torch.equal(logits_of(heads.ablate(any_model, nothing, kind, **reference), ids), plain_logits(any_model, ids))
+
+
+# ------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
-        (dict(heads=[(9, 0)]), IndexError, "does not exist"),
-        (dict(heads=CHOSEN, kind="median"), ValueError, "median"),
-        (dict(heads=CHOSEN, phase="later"), ValueError, "later"),
+        (dict(heads=[(9, 0)]), IndexError, r"head \(9, 0\) does not exist"),
+        (dict(heads=[[(0, 0)], [(0, 9)]]), IndexError, r"head \(0, 9\) does not exist"),
+        (dict(heads=CHOSEN, kind="median"), ValueError, "median.*expected one of"),
+        (dict(heads=CHOSEN, phase="later"), ValueError, "later.*expected one of"),
         (dict(heads=CHOSEN, kind="mean"), ValueError, "needs a reference"),
+        (dict(heads=CHOSEN, kind="resample"), ValueError, "needs a reference"),
         (dict(heads=CHOSEN, kind="zero", reference=["x"]), ValueError, "neither"),
-        (dict(heads=CHOSEN, kind="mean", reference=["short", "a longer one"]), ValueError, "equal length"),
+        (dict(heads=CHOSEN, kind="uniform", values=torch.zeros(4, 4, 8)), ValueError, "neither"),
+        (dict(heads=CHOSEN, kind="mean", reference=TEXTS), ValueError, "equal length, got 14 and 13"),
         (dict(heads=CHOSEN, kind="mean", reference=[]), ValueError, "no text"),
+        (dict(heads=CHOSEN, kind="resample", reference=[]), ValueError, "no text"),
         (dict(heads=CHOSEN, kind="mean", reference="one text"), TypeError, "list of texts"),
     ],
 )
@@ -170,7 +275,13 @@ def test_bad_input_is_refused(llama, arguments, error, words):
         heads.ablate(llama, **arguments)
 
 
-def test_a_reference_that_is_too_short_is_named(llama):
+def test_a_reference_shorter_than_the_prompt_is_named(llama):
     edited = heads.ablate(llama, CHOSEN, "mean", reference=[ids_of(llama, length=5)])
     with pytest.raises(Exception, match="the reference holds 5 positions"):
-        logits(edited, ids_of(llama))
+        logits_of(edited, ids_of(llama))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_that_does_not_fit_the_sets_is_refused(llama, rows):
+    with pytest.raises(Exception, match=f"2 sets of heads for a batch of {rows} rows"):
+        logits_of(heads.ablate(llama, [CHOSEN, []]), ids_of(llama, rows=rows))

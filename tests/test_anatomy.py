@@ -1,241 +1,380 @@
 """One vocabulary: the heads that a trace shows are the heads that the model has, in every family."""
 
-import copy
 import os
+from functools import cache
+from pathlib import Path
 
 import nnsight
 import pytest
 import torch
-from conftest import DECODERS, ids_of, plain_logits, tiny
-from transformers import AutoModelForCausalLM
+from conftest import DECODERS, ENCODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from transformers.cache_utils import DynamicCache
 
 import heads
-from heads import anatomy, checks
+import heads.tiny
+from heads import checks
+from heads.anatomy import Attention, Located
+from heads.loading import Model
 from heads.models import TINY
-from heads.papers import root
+
+TEXTS = ["a short one", "and a longer one, so that the first is padded", "rain"]
+TABLE = Path(__file__).resolve().parents[1] / "figures" / "families.md"
 
 
-def projection(model, layer):
-    """The output projection of a layer, found without heads.anatomy's paths: by its place in the module."""
-    attn = model.layers[layer].attn._module
-    names = ("o_proj", "c_proj", "dense", "Wo")
-    found = [m for name, m in attn.named_modules() if name.split(".")[-1] in names]
-    assert len(found) == 1
-    return found[0]
-
-
-def weight(module):
-    return module.weight if type(module).__name__ == "Conv1D" else module.weight.T
-
-
-def hooked(model, layer, head, ids):
-    """Logits with one head zeroed by a plain PyTorch hook on the input of the output projection."""
-    d = model.anatomy.d_head
-
-    def zero(module, args):
-        x = args[0].clone()
-        x[..., head * d : (head + 1) * d] = 0
-        return (x, *args[1:])
-
-    handle = projection(model, layer).register_forward_pre_hook(zero)
-    try:
-        return plain_logits(model, ids)
-    finally:
-        handle.remove()
-
-
-def test_heads_sum_to_the_attention_output(any_model):
-    ids, seen = ids_of(any_model), {}
-    module = projection(any_model, 2)
-    handle = module.register_forward_hook(lambda m, args, out: seen.update(z=args[0], out=out))
-    plain_logits(any_model, ids)
-    handle.remove()
-    with any_model.trace(ids):
-        z = any_model.layers[2].attn.heads.save()
-    torch.testing.assert_close(z.flatten(-2), seen["z"])
-    slices = weight(module).view(any_model.anatomy.n_heads, any_model.anatomy.d_head, -1)
-    total = torch.einsum("bphd,hdm->bpm", z, slices) + (module.bias if module.bias is not None else 0)
-    torch.testing.assert_close(total, seen["out"], atol=1e-5, rtol=1e-4)
-
-
-def test_zeroing_a_head_equals_a_plain_hook_and_a_weight_knock_out(any_model):
-    ids = ids_of(any_model)
-    with any_model.trace(ids):
-        any_model.layers[1].attn.heads[:, :, 3] = 0
-        edited = any_model.logits.save()
-    torch.testing.assert_close(edited, hooked(any_model, 1, 3, ids), atol=1e-5, rtol=1e-4)
-
-    knocked = copy.deepcopy(projection(any_model, 1).state_dict())
-    d = any_model.anatomy.d_head
-    rows = weight(projection(any_model, 1))[3 * d : 4 * d]
-    rows.zero_()
-    try:
-        torch.testing.assert_close(edited, plain_logits(any_model, ids), atol=1e-5, rtol=1e-4)
-    finally:
-        projection(any_model, 1).load_state_dict(knocked)
-    assert (edited - plain_logits(any_model, ids)).abs().max() > 1e-3, "the head does nothing: this test cannot fail"
-
-
-@pytest.mark.parametrize("part", ["q", "k", "v", "pattern", "heads"])
-def test_an_edit_that_changes_nothing_changes_nothing(any_model, part):
-    ids = ids_of(any_model)
-    with any_model.trace(ids):
-        view = getattr(any_model.layers[1].attn, part)
-        view[:] = view.clone()
-        edited = any_model.logits.save()
-    # an edited pattern goes through an explicit product instead of SDPA: equal to rounding
-    tolerance = {"atol": 1e-5, "rtol": 1e-4} if part == "pattern" else {"atol": 0, "rtol": 0}
-    torch.testing.assert_close(edited, plain_logits(any_model, ids), **tolerance)
-
-
-def test_reading_everything_changes_nothing_to_the_bit(any_model):
-    ids = ids_of(any_model)
-    with any_model.trace(ids):
-        shapes = nnsight.save([])
-        for layer in any_model.layers:
-            attn = layer.attn
-            shapes.append([tuple(x.shape) for x in (attn.q, attn.k, attn.v, attn.pattern, attn.heads)])
-            layer.mlp.output.clone()
-            layer.output.clone()
-        logits = any_model.logits.save()
-    assert torch.equal(logits, plain_logits(any_model, ids))
-    a, n = any_model.anatomy, ids.shape[1]
-    q, kv = (1, n, a.n_heads, a.d_head), (1, n, a.n_kv_heads, a.d_head)
-    assert shapes == [[q, kv, kv, (1, a.n_heads, n, n), q]] * a.n_layers
-
-
-def eager(model):
-    module = copy.deepcopy(model._module)
-    module.set_attn_implementation("eager")
-    return module
-
-
-@pytest.mark.parametrize("family", TINY)
-def test_patterns_are_those_of_eager_attention(family):
-    model, ids = tiny(family), ids_of(tiny(family), length=20, rows=2)
-    fresh = heads.load(f"tiny-{family}")._module
-    fresh.set_attn_implementation("eager")
-    expected = fresh(ids, output_attentions=True).attentions
-    with model.trace(ids):
+def patterns_of(model, inputs) -> list[torch.Tensor]:
+    with torch.no_grad(), model.trace(inputs):
         found = nnsight.save([])
         for layer in model.layers:
             found.append(layer.attn.pattern)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours.sum(-1)))
+    return found
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_patterns_of_a_padded_batch_are_those_of_each_prompt(family):
-    model, texts = tiny(family), ["a short one", "and a longer one, padded on the left"]
-    with model.trace(texts):
-        batch = model.layers[1].attn.pattern.save()
-    for row, text in enumerate(texts):
-        with model.trace(text):
-            alone = model.layers[1].attn.pattern.save()
-        n = alone.shape[-1]
-        torch.testing.assert_close(batch[row, :, -n:, -n:], alone[0], atol=1e-5, rtol=1e-4)
-        assert batch[row, :, -1, :-n].abs().max() < 1e-6 if n < batch.shape[-1] else True
+# ------------------------------------------------------------- what every family must pass, and the table of it
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_an_edited_pattern_reaches_the_model(family):
-    model, ids = tiny(family), ids_of(tiny(family))
+def heads_sum_to_the_attention_output(model):
+    """Through its slice of the output projection, every head adds its share."""
+    plain, ids, seen = plain_of(model), ids_of(model, rows=2), []
+    handles = [m.register_forward_hook(lambda m, args, out: seen.append(out)) for m in plain.projections]
+    plain(ids)
+    [handle.remove() for handle in handles]
     with model.trace(ids):
-        pattern = model.layers[2].attn.pattern
-        pattern[:, 1] = 0
-        pattern[:, 1, :, 0] = 1  # head 1 looks only at the first token
-        v = model.layers[2].attn.v.save()
-        z = model.layers[2].attn.heads.save()
-    group = model.anatomy.n_heads // model.anatomy.n_kv_heads
-    torch.testing.assert_close(z[:, :, 1], v[:, :1, 1 // group].expand_as(z[:, :, 1]))
+        z = nnsight.save([])
+        for layer in model.layers:
+            z.append(layer.attn.heads)
+    for layer, (ours, theirs) in enumerate(zip(z, plain.z(ids), strict=True)):
+        near(ours, theirs)
+        bias = plain.projections[layer].bias
+        total = torch.einsum("bphd,hdm->bpm", ours, plain.slices(layer)) + (0 if bias is None else bias)
+        near(total, seen[layer])
+        near(heads.head_outputs(model, layer, ours).sum(2) + (0 if bias is None else bias), total)
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_generate_shows_each_step_and_keeps_the_cache_clean(family):
-    model, ids = tiny(family), ids_of(tiny(family), length=6)
+def zeroing_a_head_is_knocking_it_out(model):
+    """In a trace, by a hook on plain transformers, and in the weights: the same logits."""
+    plain, ids, layer, head = plain_of(model), ids_of(model), 1, 3
+    with model.trace(ids):
+        model.layers[layer].attn.heads[:, :, head] = 0
+        edited = model.logits.save()
+
+    def zero(i, z):
+        if i == layer:
+            z[:, :, head] = 0
+        return z
+
+    with plain.edited(zero):
+        near(edited, plain(ids).logits)
+    rows = plain.slices(layer)[head]
+    kept = rows.clone()
+    rows.zero_()
+    try:
+        near(edited, plain(ids).logits)
+    finally:
+        rows.copy_(kept)
+    assert (edited - plain(ids).logits).abs().max() > 1e-2, "the head does nothing here: this check cannot fail"
+
+
+def reading_changes_nothing(model):
+    """To the bit, and shapes are as documented."""
+    ids, a = ids_of(model), model.anatomy
+    with model.trace(ids):
+        shapes = nnsight.save([])
+        for layer in model.layers:
+            attn = layer.attn
+            shapes.append([tuple(x.shape) for x in (attn.q, attn.k, attn.v, attn.pattern, attn.heads)])
+            shapes[-1].append(tuple(layer.mlp.output.shape))
+            shapes[-1].append(tuple(layer.output.shape))
+        logits = model.logits.save()
+    assert torch.equal(logits, plain_logits(model, ids))
+    n = ids.shape[1]
+    q, kv, residual = (1, n, a.n_heads, a.d_head), (1, n, a.n_kv_heads, a.d_head), (1, n, a.d_model)
+    assert shapes == [[q, kv, kv, (1, a.n_heads, n, n), q, residual, residual]] * a.n_layers
+
+
+def writing_back_changes_nothing(model):
+    """To the bit for q, k, v and heads; a written pattern leaves SDPA, so to rounding."""
+    ids = ids_of(model)
+    clean = plain_logits(model, ids)
+    for part in ("q", "k", "v", "heads", "pattern"):
+        with model.trace(ids):
+            for layer in model.layers:
+                view = getattr(layer.attn, part)
+                view[:] = view.clone()
+            in_place = model.logits.save()
+        with model.trace(ids):
+            for layer in model.layers:
+                setattr(layer.attn, part, getattr(layer.attn, part).clone())
+            assigned = model.logits.save()
+        for found in (in_place, assigned):
+            near(found, clean) if part == "pattern" else torch.testing.assert_close(found, clean, atol=0, rtol=0, msg=part)
+
+
+def patterns_are_eager_attention(model):
+    """Of texts longer than the sliding windows, without a mask: rows sum to one and equal transformers' own."""
+    ids = ids_of(model, length=24, rows=2)
+    expected = plain_of(model)(ids, output_attentions=True).attentions
+    for ours, theirs in zip(patterns_of(model, ids), expected, strict=True):
+        near(ours, theirs)
+        near(ours.sum(-1), torch.ones_like(ours.sum(-1)))
+
+
+def patterns_of_a_padded_batch(model):
+    """Padding on either side: what real tokens see is what they see in transformers, and in a batch of one."""
+    for side in ("left", "right"):
+        inputs = padded(model, TEXTS, side)
+        real = inputs["attention_mask"].bool()
+        ids = inputs["input_ids"]
+        expected = plain_of(model)(ids, output_attentions=True, **without_ids(inputs)).attentions
+        found = patterns_of(model, inputs)
+        for ours, theirs in zip(found, expected, strict=True):
+            near(ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real])
+            near(ours.sum(-1), torch.ones_like(ours.sum(-1)))
+        for row, text in enumerate(TEXTS):
+            at = real[row].nonzero().flatten()
+            for ours, alone in zip(found, patterns_of(model, ids[row : row + 1, at]), strict=True):
+                near(ours[row][:, at][:, :, at], alone[0])
+
+
+def without_ids(inputs: dict) -> dict:
+    return {key: value for key, value in inputs.items() if key != "input_ids"}
+
+
+def generate_shows_every_step(model):
+    """Rows of each step, in a padded batch, equal transformers' own; watching does not change what is written."""
+    inputs = padded(model, TEXTS)
+    del inputs["position_ids"]  # generate counts for itself
     settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    with model.generate(ids, **settings):
-        sums, edited = nnsight.save([]), nnsight.save([])
-        for step in range(1):
-            model.layers[1].attn.v[:] = 0  # this pass only: later ones read the cache
-        for layer in model.layers[2:3]:
-            sums.append(layer.attn.pattern.sum(-1))
-    with model.generate(ids, **settings) as tracer:
-        rows = nnsight.save([])
-        for step in tracer.iter[:4]:
-            rows.append(model.layers[1].attn.pattern)
-        out = tracer.result.save()
-    assert [r.shape[-2] for r in rows] == [6, 1, 1, 1]
-    assert all(torch.allclose(r.sum(-1), torch.ones_like(r.sum(-1))) for r in rows)
-    assert torch.equal(out, model._module.generate(ids, **settings))
+    with torch.no_grad():
+        eager = plain_of(model).module.generate(**inputs, **settings, output_attentions=True, return_dict_in_generate=True)
+    with model.generate(inputs, **settings) as tracer:
+        steps = nnsight.save([])
+        for _ in tracer.iter[:4]:
+            steps.append([layer.attn.pattern for layer in model.layers])
+        written = tracer.result.save()
+    assert torch.equal(written, eager.sequences)
+    real = inputs["attention_mask"].bool()
+    assert [step[0].shape[2] for step in steps] == [real.shape[1], 1, 1, 1]
+    for ours, theirs in zip(steps, eager.attentions, strict=True):
+        shown = real if ours is steps[0] else real[:, -1:]
+        for a, b in zip(ours, theirs, strict=True):
+            near(a.transpose(1, 2)[shown], b.transpose(1, 2)[shown])
 
 
-def test_an_edit_of_values_stays_in_its_pass(llama):
-    from transformers.cache_utils import DynamicCache
-
-    ids, clean, touched = ids_of(llama), DynamicCache(), DynamicCache()
-    llama._module(ids, past_key_values=clean)
-    with llama.trace(input_ids=ids, past_key_values=touched, use_cache=True):
-        llama.layers[0].attn.v[:] = 0
-        llama.layers[0].attn.k[:] = 0
-    assert torch.equal(touched.layers[0].values, clean.layers[0].values)
-    assert torch.equal(touched.layers[0].keys, clean.layers[0].keys)
-
-
-def test_the_common_wrong_slice_fails_the_identity(llama):
-    """A slice of the attention's output is no head: what most published recipes zero."""
-    ids, d = ids_of(llama), llama.anatomy.d_head
-    with llama.trace(ids):
-        llama.layers[1].attn.output[0][..., 3 * d : 4 * d] = 0
-        wrong = llama.logits.save()
-    assert (wrong - hooked(llama, 1, 3, ids)).abs().max() > 1e-2
+CHECKS = {
+    "heads sum": heads_sum_to_the_attention_output,
+    "knock-out": zeroing_a_head_is_knocking_it_out,
+    "reading": reading_changes_nothing,
+    "writing back": writing_back_changes_nothing,
+    "pattern": patterns_are_eager_attention,
+    "padding": patterns_of_a_padded_batch,
+    "generate": generate_shows_every_step,
+}
 
 
-def test_a_wrong_view_is_refused():
-    model = heads.load("tiny-llama")
-    for layer in model.layers:
-        layer.attn.n_heads = 8
-    with pytest.raises(checks.IdentityError, match="knocking out"):
-        checks.identities(model)
+@cache
+def outcome(family: str, check: str) -> Exception | None:
+    try:
+        CHECKS[check](tiny(family))
+    except Exception as error:
+        return error
 
 
-def test_an_edit_that_does_not_arrive_is_noticed(monkeypatch):
-    model = heads.load("tiny-gpt2")
-    monkeypatch.setattr(anatomy.Attention.heads, "_transform", lambda self, view, raw: raw)
-    monkeypatch.setattr(
-        anatomy.Attention.heads, "_preprocess", lambda self, value: value[0][0].view(1, 6, self.n_heads, -1).clone()
-    )
-    with pytest.raises(checks.IdentityError, match="knocking out"):
-        checks.identities(model)
+def applies(family: str, check: str) -> bool:
+    return check != "generate" or family in DECODERS
 
 
-def test_heads_are_checked(llama):
-    assert llama.anatomy.check([(3, 1), (0, 2), (3, 1)]) == [(0, 2), (3, 1)]
-    with pytest.raises(IndexError, match=r"\(4, 0\) does not exist.*0 to 3"):
-        llama.anatomy.check([(4, 0)])
-    with pytest.raises(IndexError):
-        llama.anatomy.check([(0, -1)])
-    with pytest.raises(TypeError, match="pair"):
-        llama.anatomy.check([3])
+@pytest.mark.parametrize("family, check", [(f, c) for f in TINY for c in CHECKS if applies(f, c)])
+def test_every_family_passes_every_check(family, check):
+    if error := outcome(family, check):
+        raise error
 
 
-def families_table():
-    """Which family passes which check: what the documentation shows."""
-    names = ["sum", "knock-out", "no-op"]
-    lines = [f"| family | model class | heads | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
+def families_table() -> str:
+    def tick(family, check):
+        return ("no" if outcome(family, check) else "✓") if applies(family, check) else ""
+
+    lines = ["# Families", "", "What `tests/test_anatomy.py` found on a small random model of each family.", ""]
+    lines += [f"| family | model class | heads | {' | '.join(CHECKS)} |", "|---|---|---|" + ":-:|" * len(CHECKS)]
     for family in TINY:
-        model = tiny(family)
-        passed = checks.identities(model)
-        a = model.anatomy
-        shape = f"{a.n_heads} ({a.n_kv_heads} key-value), d_head {a.d_head}, d_model {a.d_model}"
-        ticks = " | ".join("yes" if name in passed else "no" for name in names)
-        lines.append(f"| {family} | `{type(model._module).__name__}` | {shape} | {ticks} |")
-    return "# Families\n\nWhat `tests/test_anatomy.py` checks on a random model of each family.\n\n" + "\n".join(lines) + "\n"
+        a = tiny(family).anatomy
+        kv = "" if a.n_kv_heads == a.n_heads else f" ({a.n_kv_heads} key-value)"
+        name = type(tiny(family)._module).__name__
+        ticks = " | ".join(tick(family, check) for check in CHECKS)
+        lines.append(f"| {family} | `{name}` | {a.n_heads}{kv} of {a.d_head} in {a.d_model} | {ticks} |")
+    lines += ["", "What the columns say:", ""]
+    lines += [f"- **{name}** {check.__name__.replace('_', ' ')}. {check.__doc__}" for name, check in CHECKS.items()]
+    return "\n".join(lines) + "\n"
 
 
-def test_the_table_of_families_is_what_the_tests_find():
-    path = root() / "figures" / "families.md"
-    if os.environ.get("HEADS_WRITE_FAMILIES"):
-        path.write_text(families_table())
-    assert path.read_text() == families_table(), "renew it: HEADS_WRITE_FAMILIES=1 pytest tests/test_anatomy.py"
+def test_the_table_of_families_is_what_the_checks_found():
+    if os.environ.get("HEADS_WRITE_FAMILIES") == "1":
+        TABLE.write_text(families_table(), encoding="utf-8")
+    renew = "renew it: HEADS_WRITE_FAMILIES=1 pytest tests/test_anatomy.py"
+    assert TABLE.read_text(encoding="utf-8") == families_table(), renew
+
+
+# ------------------------------------------------------------------------------------------- edits
+
+
+def test_an_edited_pattern_reaches_the_model(any_model):
+    """Head 1 is made to look at the first token only: it then writes that token's value, everywhere."""
+    ids, a = ids_of(any_model), any_model.anatomy
+    with any_model.trace(ids):
+        v = any_model.layers[2].attn.v.clone().save()
+        pattern = any_model.layers[2].attn.pattern
+        pattern[:, 1] = 0
+        pattern[:, 1, :, 0] = 1
+        logits = any_model.logits.save()
+
+    def by_hand(layer, z):
+        if layer == 2:
+            z[:, :, 1] = v[:, :1, 1 // (a.n_heads // a.n_kv_heads)]
+        return z
+
+    plain = plain_of(any_model)
+    with plain.edited(by_hand):
+        near(logits, plain(ids).logits)
+    assert (logits - plain(ids).logits).abs().max() > 1e-2
+
+
+def test_an_assigned_pattern_reaches_the_model(decoder):
+    ids = ids_of(decoder)
+    with decoder.trace(ids):
+        decoder.layers[0].attn.pattern = torch.eye(12).expand(1, 4, 12, 12)
+        v = decoder.layers[0].attn.v.save()
+        z = decoder.layers[0].attn.heads.save()
+    near(z, v.repeat_interleave(decoder.anatomy.n_heads // decoder.anatomy.n_kv_heads, dim=2))
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+def test_edited_logits_decide_what_is_written(decoder, how):
+    with decoder.generate(ids_of(decoder), max_new_tokens=1, do_sample=False) as tracer:
+        if how == "in place":
+            decoder.logits[..., 77] = 1e4
+        else:
+            decoder.logits = torch.nn.functional.one_hot(torch.tensor([[77]]), decoder.logits.shape[-1]).float()
+        written = tracer.result.save()
+    assert written[0, -1] == 77
+
+
+def test_an_edit_of_keys_and_values_stays_out_of_the_cache(decoder):
+    ids, clean, touched = ids_of(decoder), DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        decoder._module(ids, past_key_values=clean)
+    with torch.no_grad(), decoder.trace(input_ids=ids, past_key_values=touched, use_cache=True):
+        decoder.layers[3].attn.k[:] = 0
+        decoder.layers[3].attn.v[:] = 0
+        z = decoder.layers[3].attn.heads.save()
+    assert (z == 0).all()
+    assert torch.equal(touched.layers[3].keys, clean.layers[3].keys)
+    assert torch.equal(touched.layers[3].values, clean.layers[3].values)
+
+
+def test_values_edited_in_one_step_of_generate_are_whole_in_the_next(decoder):
+    ids = ids_of(decoder, length=6)
+    steps = {}
+    for edit in (False, True):
+        with decoder.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False) as tracer:
+            found = nnsight.save([])
+            for step in tracer.iter[:2]:
+                if edit and step == 0:
+                    decoder.layers[3].attn.v[:] = 0
+                found.append(decoder.layers[3].attn.v.clone())
+        steps[edit] = found
+    assert (steps[True][0] == 0).all()
+    assert torch.equal(steps[True][1][:, :6], steps[False][1][:, :6])
+
+
+# ------------------------------------------------------------------------------- the checks can fail
+
+
+def mixed():
+    """The field's most copied recipe: a 'head' as a slice of the attention's output."""
+
+    @Located(key="proj_output")
+    def mixed(self, value):
+        return value.view(*value.shape[:-1], self.n_heads, -1)
+
+    @mixed.transform
+    def mixed(self, view, raw):
+        return view.flatten(-2)
+
+    return mixed
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_slice_of_the_attention_output_fails_the_knock_out(family, monkeypatch):
+    model = heads.load(f"tiny-{family}", device="cpu")
+    monkeypatch.setattr(Attention, "heads", mixed())
+    for layer in model.layers:
+        layer.attn.proj_output = layer.attn.proj_input.removesuffix("input") + "output"
+    with pytest.raises(checks.IdentityError, match=r"zeroing head \(2, 3\) is not knocking out its weights"):
+        checks._knock_out(model, ids_of(model), 1e-4, 2, 3)
+
+
+def test_heads_read_in_the_wrong_place_do_not_sum(monkeypatch):
+    model = heads.load("tiny-llama", device="cpu")
+    monkeypatch.setattr(Attention, "heads", mixed())
+    for layer in model.layers:
+        layer.attn.proj_output = layer.attn.proj_input.removesuffix("input") + "output"
+    with pytest.raises(checks.IdentityError, match="heads do not sum to the attention output"):
+        checks.identities(model)
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("n_heads", [2, 8])
+def test_a_wrong_number_of_heads_in_any_layer_is_named(layer, n_heads):
+    model = heads.load("tiny-llama", device="cpu")
+    model.layers[layer].attn.n_heads = n_heads
+    with pytest.raises(checks.IdentityError, match=f"layer {layer}"):
+        checks.identities(model)
+
+
+def test_an_edit_that_does_not_arrive_is_named(monkeypatch):
+    model = heads.load("tiny-gpt2", device="cpu")
+    monkeypatch.setattr(Attention.heads, "_transform", None)
+    monkeypatch.setattr(Attention.heads, "_preprocess", lambda self, value: value[0][0].clone().view(1, 6, self.n_heads, -1))
+    with pytest.raises(checks.IdentityError, match="does not reach the model"):
+        checks.identities(model)
+
+
+def test_writing_back_something_else_is_named(monkeypatch):
+    model = heads.load("tiny-llama", device="cpu")
+    monkeypatch.setattr(Attention.heads, "_transform", lambda self, view, raw: ((view.flatten(-2) * 1.00001,), raw[1]))
+    with pytest.raises(checks.IdentityError, match="writing every head back"):
+        checks.identities(model)
+
+
+# ------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_windows_are_what_a_layer_can_see(family):
+    """In an encoder a window reaches to either side."""
+    model = tiny(family)
+    for window, pattern in zip(model.anatomy.windows, patterns_of(model, ids_of(model, length=24)), strict=True):
+        visible = (pattern[0] > 0).sum(-1).max().item()
+        assert visible == (24 if window is None else 2 * window + 1 if family in ENCODERS else window)
+
+
+def test_heads_are_sorted_and_checked(llama):
+    assert llama.anatomy.check([(3, 1), (0, 2), (3, 1)]) == [(0, 2), (3, 1)]
+    for head in [(4, 0), (0, 4), (0, -1), (-1, 0)]:
+        with pytest.raises(IndexError, match=r"does not exist: the model has layers 0 to 3 with heads 0 to 3"):
+            llama.anatomy.check([(0, 0), head])
+    for pair in [3, (1,), (1, 2, 3), ("a", 1), None]:
+        with pytest.raises(TypeError, match="pair"):
+            llama.anatomy.check([pair])
+
+
+def test_an_unsupported_part_is_named():
+    module, tokenizer = heads.tiny.build("gpt2")
+    with pytest.raises(ValueError, match="no layers in a gpt2 model"):
+        heads.anatomy.bind(Model(module, tokenizer=tokenizer))
+
+
+def test_the_anatomy_prints_its_counts():
+    assert str(tiny("gemma3").anatomy) == (
+        "gemma3_text: 4 layers x 4 heads (2 key-value heads), d_head 16, 2 layers with a sliding window of 8"
+    )
+    assert tiny("gemma3").anatomy.full_layers == [1, 3] and tiny("gemma3").anatomy.n == 16

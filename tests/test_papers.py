@@ -46,9 +46,8 @@ def toy_notebook(*cells, parameters=PARAMETERS):
 
 
 def toy_paper(slug, number, state):
-    claims = [
-        {"id": id, "text": f"|r| of {id} is large", "paper": "0.9", "where": "Fig 1", "holds": "> 0.1"} for id in ("C1", "C2")
-    ]
+    claim = {"paper": "0.9", "where": "Fig 1", "holds": "> 0.1"}
+    claims = [{"id": id, "text": f"|r| of {id} is large", **claim} for id in ("C1", "C2")]
     return {
         "slug": slug, "number": number, "part": 1, "title": slug.title(), "authors": ["A. Author"], "year": 2024,
         "arxiv": "2401.00001", "venue": None, "question": "Does it?", "state": state, "claims": claims,
@@ -60,8 +59,8 @@ def tree(tmp_path, monkeypatch):
     """A repository in small: one ready paper with a notebook and presets, one planned paper."""
     for folder in ("data/presets", "notebooks"):
         (tmp_path / folder).mkdir(parents=True)
-    catalogue = {"parts": {1: "Toys"}, "papers": [toy_paper("toy-paper", 11, "ready"), toy_paper("far-paper", 12, "planned")]}
-    (tmp_path / "data" / "papers.yaml").write_text(yaml.safe_dump(catalogue))
+    both = [toy_paper("toy-paper", 11, "ready"), toy_paper("far-paper", 12, "planned")]
+    (tmp_path / "data" / "papers.yaml").write_text(yaml.safe_dump({"parts": {1: "Toys"}, "papers": both}))
     (tmp_path / "data" / "presets" / "toy-paper.yaml").write_text("smoke: {size: 1}\npaper: {size: 9, names: [c]}\n")
     nbformat.write(toy_notebook(), tmp_path / "notebooks" / "11_toy_paper.ipynb")
     monkeypatch.setenv("HEADS_ROOT", str(tmp_path))
@@ -140,7 +139,9 @@ def test_exactly_one_parameters_cell(tree):
         papers.parameters("toy-paper")
 
 
-@pytest.mark.parametrize("good", [{"rate": 1}, {"size": 10}, {"limit": "any"}, {"names": []}, {"names": ("x",)}, {"flag": True}])
+@pytest.mark.parametrize(
+    "good", [{"rate": 1}, {"size": 10}, {"limit": "any"}, {"names": []}, {"names": ("x",)}, {"flag": True}]
+)
 def test_values_like_the_default_pass(tree, good):
     papers.check_parameters("toy-paper", good)
 

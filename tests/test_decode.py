@@ -1,0 +1,170 @@
+"""Reading attention while decoding, and many conditions as one batch: the same as the slow way."""
+
+import pytest
+import torch
+from conftest import ids_of, logits_of, near, plain_of
+from test_ablation import by_hand
+
+import heads
+from heads.decode import Conditions, decode_rows, prefill
+
+SETS = {"none": [], "one": [(0, 1)], "three": [(0, 1), (2, 3), (2, 0)], "layer": [(1, h) for h in range(4)]}
+
+
+def greedy(module, ids, n: int) -> torch.Tensor:
+    with torch.no_grad():
+        return module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+
+
+# ------------------------------------------------------------------------------------- decode_rows
+
+
+def same_rows(model, module, ids, n: int, tolerance: float = 1):
+    """Tokens equal greedy generation, and rows those of one eager forward over the whole text."""
+    steps = list(decode_rows(model, ids, n, stop=None))
+    text = greedy(module, ids, n)[0, ids.shape[1] :].tolist()
+    eos = module.generation_config.eos_token_id
+    assert [step.token for step in steps] == [token for token in text if token != eos] and steps
+    whole = torch.cat([ids, torch.tensor([[step.token for step in steps]])], dim=1)
+    with torch.no_grad():
+        attentions = torch.stack(module(whole, output_attentions=True).attentions)[:, 0]
+    for i, step in enumerate(steps):
+        last = ids.shape[1] - 1 + i
+        assert step.rows.shape == (*attentions.shape[:2], last + 1)
+        near(step.rows, attentions[:, :, last, : last + 1], tolerance)
+
+
+def test_rows_and_tokens_equal_transformers_own(decoder):
+    same_rows(decoder, plain_of(decoder).module, ids_of(decoder, length=20), 6)
+
+
+def test_rows_and_tokens_of_the_default_model_equal_transformers_own(default, default_eager, sample):
+    same_rows(default, default_eager, sample.ids, 4)
+
+
+def test_decoding_stops_before_the_stop_text_and_at_the_end_of_text(llama, monkeypatch):
+    ids = ids_of(llama)
+    tokens = [step.token for step in decode_rows(llama, ids, 20, stop=None)]
+    texts = llama.tokenizer.batch_decode([[token] for token in tokens])
+    at = next(i for i, text in enumerate(texts) if i and text.isascii() and text not in texts[:i])
+    assert [step.token for step in decode_rows(llama, ids, 20, stop=texts[at])] == tokens[:at]
+    monkeypatch.setattr(llama._module.generation_config, "eos_token_id", [tokens[at], 2])
+    assert [step.token for step in decode_rows(llama, ids, 20, stop=None)] == tokens[:at]
+
+
+def test_decoding_never_makes_a_square_of_positions(llama, monkeypatch):
+    lengths, made = [], heads.attention.pattern
+
+    def recorded(module, query, *args, **kwargs):
+        lengths.append(query.shape[2])
+        return made(module, query, *args, **kwargs)
+
+    monkeypatch.setattr("heads.attention.pattern", recorded)
+    monkeypatch.setattr("heads.anatomy.attention_pattern", recorded)
+    steps = list(decode_rows(llama, ids_of(llama, length=30), 3, stop=None))
+    assert lengths == [1] * 4 * len(steps) and steps
+
+
+def test_a_prompt_is_prefilled_without_logits_for_every_position(default, sample):
+    seen = []
+    handle = default._module.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    cache = prefill(default, sample.ids)
+    handle.remove()
+    assert seen == [1] and cache.get_seq_length() == sample.ids.shape[1]
+
+
+# -------------------------------------------------------------------------------------- conditions
+
+
+@pytest.mark.parametrize("kind", ["zero", "uniform"])
+@pytest.mark.parametrize("phase", ["decode", "both"])
+def test_conditions_equal_one_by_one(decoder, kind, phase):
+    """Scores against hooks on the whole text, answers against `ablate(...).generate`."""
+    ids, answer, plain = ids_of(decoder, length=20), ids_of(decoder, length=5, seed=3)[0], plain_of(decoder)
+    conditions = Conditions(decoder, ids, SETS, kind, phase)
+    scores, answers = conditions.score(answer), conditions.generate(5, stop=None)
+    assert list(scores) == list(answers) == list(SETS)
+    whole = torch.cat([ids, answer[None, :-1]], dim=1)
+    for name, chosen in SETS.items():
+        with by_hand(kind, plain, chosen, slice(19 if phase == "decode" else 0, None)):
+            expected = plain(whole).logits[0, 19:].log_softmax(-1)
+        near(scores[name].logprob, expected.gather(-1, answer[:, None])[:, 0])
+        assert torch.equal(scores[name].correct, expected.argmax(-1) == answer)
+        with heads.ablate(decoder, chosen, kind, phase=phase).generate(ids, max_new_tokens=5, do_sample=False) as tracer:
+            written = tracer.result.save()
+        assert answers[name] == decoder.tokenizer.decode([t for t in written[0, 20:].tolist() if t != 2])
+
+
+@pytest.mark.parametrize("phase", ["decode", "both"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_number_of_rows_in_a_forward_does_not_matter(llama, rows, phase):
+    ids, answer = ids_of(llama), ids_of(llama, length=3, seed=3)[0]
+    together, apart = Conditions(llama, ids, SETS, phase=phase), Conditions(llama, ids, SETS, phase=phase, rows=rows)
+    assert together.generate(5, stop=None) == apart.generate(5, stop=None)
+    apart = apart.score(answer)
+    for name, score in together.score(answer).items():
+        near(apart[name].logprob, score.logprob)
+
+
+@pytest.mark.parametrize("kind", ["mean", "resample"])
+def test_conditions_take_values(llama, kind):
+    ids, answer, values = ids_of(llama), ids_of(llama, length=3, seed=3)[0], heads.head_means(llama, [ids_of(llama, seed=4)], False)
+    scores = Conditions(llama, ids, SETS, kind, values=values).score(answer)
+    whole = torch.cat([ids, answer[None, :-1]], dim=1)
+    for name, chosen in SETS.items():
+        logits = logits_of(heads.ablate(llama, chosen, kind, values=values, positions=range(11, 14)), whole)
+        near(scores[name].logprob, logits[0, 11:].log_softmax(-1).gather(-1, answer[:, None])[:, 0])
+
+
+def test_conditions_of_the_default_model_equal_one_by_one(default, sample):
+    last = sample.ids.shape[1] - 1
+    sets = {"none": [], "late": [(18, 6), (17, 3), (20, 6), (18, 7)]}
+    conditions = Conditions(default, sample.ids, sets)
+    scores, answers = conditions.score(sample.answer_ids), conditions.generate(4)
+    whole = torch.cat([sample.ids, sample.answer_ids[None, :-1]], dim=1)
+    for name, chosen in sets.items():
+        edited = heads.ablate(default, chosen, "uniform", positions=range(last, whole.shape[1]))
+        with torch.no_grad(), edited.trace(whole):
+            logits = edited.logits[0, last:].save()
+        expected = logits.log_softmax(-1).gather(-1, sample.answer_ids[:, None])[:, 0]
+        torch.testing.assert_close(scores[name].logprob, expected, atol=1e-4, rtol=0)
+        edited = heads.ablate(default, chosen, "uniform", phase="decode")
+        with torch.no_grad(), edited.generate(sample.ids, max_new_tokens=4, do_sample=False) as tracer:
+            written = tracer.result.save()
+        text = default.tokenizer.decode(written[0, last + 1 :], skip_special_tokens=True)
+        assert answers[name] == text.partition("\n")[0]
+    assert (scores["none"].logprob - scores["late"].logprob).max() > 0.5, "the heads do nothing: this test cannot fail"
+
+
+def test_answers_of_one_condition_end_where_it_stops(llama):
+    """A condition that stops early writes no more, while the others go on."""
+    ids = ids_of(llama)
+    free = Conditions(llama, ids, SETS).generate(8, stop=None)
+    stop = free["none"][3]
+    stopped = Conditions(llama, ids, SETS).generate(8, stop=stop)
+    assert stopped == {name: text.partition(stop)[0] for name, text in free.items()} and stopped != free
+
+
+def test_a_prefix_can_serve_several_batches(llama):
+    ids, answer = ids_of(llama), ids_of(llama, length=3, seed=3)[0]
+    prefix = prefill(llama, ids[:, :-1])
+    for _ in range(2):
+        shared = Conditions(llama, ids, SETS, prefix=prefix).score(answer)
+        for name, score in Conditions(llama, ids, SETS).score(answer).items():
+            assert torch.equal(score.logprob, shared[name].logprob)
+    with pytest.raises(ValueError, match="the prefix holds 11 positions, the prompt needs 8"):
+        Conditions(llama, ids[:, :9], SETS, prefix=prefix)
+
+
+def test_bad_input_is_refused(llama):
+    ids = ids_of(llama)
+    with pytest.raises(ValueError, match="no conditions"):
+        Conditions(llama, ids, {})
+    with pytest.raises(ValueError, match="leaves decoding clean"):
+        Conditions(llama, ids, SETS, phase="prefill")
+    with pytest.raises(ValueError, match="median"):
+        Conditions(llama, ids, SETS, kind="median")
+    with pytest.raises(IndexError, match=r"\(9, 9\) does not exist"):
+        Conditions(llama, ids, {"none": [], "wrong": [(9, 9)]})
+    with pytest.raises(ValueError, match="one prompt"):
+        Conditions(llama, ids_of(llama, rows=2), SETS).score(ids[0])
