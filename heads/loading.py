@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from heads import anatomy, attention, checks, models, tiny
 
@@ -117,12 +117,16 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
         folder = str(models.fetch(name)) if name in models.ZOO else name
         if Path(folder).expanduser().is_dir():
             folder = str(Path(folder).expanduser())
+            if not any(Path(folder).glob("*.safetensors")):
+                raise ValueError(
+                    f"{name!r} holds no weights as safetensors, and pickled ones are not read because they can run code: "
+                    "save the model again with save_pretrained(...)"
+                )
         config = AutoConfig.from_pretrained(folder).get_text_config()
-        encoder = anatomy.names_of(config).encoder
         with _quietly():
             model = Model(
                 folder,
-                task="fill-mask" if encoder else "text-generation",
+                task=_task(config),
                 dispatch=True,
                 dtype=kind,
                 attn_implementation=attention.NAME,
@@ -137,6 +141,10 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
     model.record = {**record, "dtype": str(kind).removeprefix("torch."), "device": str(model.device)}
     checks.identities(model)
     return model
+
+
+def _task(config) -> str:
+    return "fill-mask" if anatomy.names_of(config).encoder else "text-generation"
 
 
 def _provenance(name: str, folder: str, config) -> dict:
@@ -163,7 +171,8 @@ def load_remote(name: str) -> RemoteModel:
             "(or nnsight.CONFIG.set_default_api_key(...)); where='local' runs on this machine"
         )
     config = AutoConfig.from_pretrained(name).get_text_config()
-    model = RemoteModel(name, **anatomy.vocabulary(config))
+    # the tokenizer is given, because nnsight 0.8.1 does not find it for a model without weights
+    model = RemoteModel(name, task=_task(config), tokenizer=AutoTokenizer.from_pretrained(name), **anatomy.vocabulary(config))
     model.anatomy = anatomy.bind(model)
     model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,10 +23,9 @@ import heads
 from heads import models, papers, plot, publish
 
 MODEL = models.DEFAULT
-THREADS = 2
-torch.set_num_threads(THREADS)  # here, so that every fresh process has it
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
+torch.set_num_threads(THREADS)  # here, so that every fresh process has it; 1 suffers least from a busy machine
 GB = 1e9
-LABELS = {"ours": "heads"}
 
 
 def fresh(function, *args):
@@ -78,10 +79,10 @@ def peak_above(function, *args):
     Elsewhere the mark cannot be set back, and the number is an upper bound.
     """
     gc.collect()
-    try:
+    with suppress(OSError, AttributeError):  # what loading freed goes back first, or a small need would fit into it
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     before = psutil.Process().memory_info().rss
     result = function(*args)
     status = Path("/proc/self/status")

@@ -64,7 +64,7 @@ def by_hand(model, sample, sets: dict, prefix: DynamicCache | None = None) -> di
     answer = sample.answer_ids
     logprobs = torch.cat([first, forward(answer[:-1].expand(n, -1))], 1).log_softmax(-1)
     gold = logprobs.gather(-1, answer.expand(n, -1)[..., None]).squeeze(-1)
-    cache.crop(sample.ids.shape[1] if prefix is None else prefix.get_seq_length() + 1)
+    cache.crop(1 - len(answer))  # back to the end of the prompt
     last, eos = first.argmax(-1), model._module.generation_config.eos_token_id
     written, live = [[] for _ in sets], set(range(n))
     for i in range(TOKENS):
