@@ -14,7 +14,8 @@ import heads
 import heads.tiny
 from heads.models import TINY
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Matrices this small gain nothing from threads, and wait long for each other on a busy machine.
+torch.set_num_threads(1)
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = tuple(family for family in TINY if family not in ENCODERS)
