@@ -73,7 +73,8 @@ class Plan:
             # A query of zeros makes all logits equal: attention is uniform over what is visible.
             view = attn.q if self.kind == "uniform" else attn.heads
             if len(self.mask) not in (1, len(view)):
-                raise ValueError(f"{len(self.mask)} sets of heads for a batch of {len(view)} rows: give one, or one for each row")
+                sets, rows = len(self.mask), len(view)
+                raise ValueError(f"{sets} sets of heads for a batch of {rows} rows: give one, or one for each row")
             at = self.where(offset, view.shape[1])
             if at:
                 chosen = self.mask[:, i, None, :, None].to(view.device)

@@ -62,7 +62,8 @@ def _sum(model, ids, tolerance) -> float:
         expected = (model.anatomy.n_heads, model.anatomy.d_head)
         for what, shape in (("queries", q[i]), ("heads", z[i].shape)):
             if tuple(shape[2:]) != expected:
-                raise IdentityError(f"layer {i}: the {what} are {tuple(shape[2:])} (heads, d_head), the config says {expected}")
+                found = tuple(shape[2:])
+                raise IdentityError(f"layer {i}: the {what} are {found} (heads, d_head), the config says {expected}")
         bias = _bias(model, i)
         error = _close(head_outputs(model, i, z[i]).sum(-2) + bias, out[i], tolerance)
         if not error <= 1:

@@ -172,7 +172,8 @@ def load_remote(name: str) -> RemoteModel:
         )
     config = AutoConfig.from_pretrained(name).get_text_config()
     # the tokenizer is given, because nnsight 0.8.1 does not find it for a model without weights
-    model = RemoteModel(name, task=_task(config), tokenizer=AutoTokenizer.from_pretrained(name), **anatomy.vocabulary(config))
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = RemoteModel(name, task=_task(config), tokenizer=tokenizer, **anatomy.vocabulary(config))
     model.anatomy = anatomy.bind(model)
     model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
     return model

@@ -239,7 +239,9 @@ def test_zeroing_one_set_then_another_zeroes_their_union(first, second):
 def test_the_order_of_heads_does_not_matter(chosen, kind, random):
     model, ids = tiny("qwen3"), ids_of(tiny("qwen3"))
     shuffled = random.sample(chosen, len(chosen)) + chosen[:1]
-    assert torch.equal(logits_of(heads.ablate(model, chosen, kind), ids), logits_of(heads.ablate(model, shuffled, kind), ids))
+    assert torch.equal(
+        logits_of(heads.ablate(model, chosen, kind), ids), logits_of(heads.ablate(model, shuffled, kind), ids)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

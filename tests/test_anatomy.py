@@ -7,7 +7,7 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
-from conftest import DECODERS, ENCODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from conftest import DECODERS, ENCODERS, ids_of, near, padded, plain_logits, plain_of, tiny
 from transformers.cache_utils import DynamicCache
 
 import heads

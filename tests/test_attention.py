@@ -22,7 +22,12 @@ def qkv(n_query: int, n_key: int, batch: int = 2, seed: int = 0):
 
 
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 7), past=st.integers(0, 5), kind=st.sampled_from(["bool", "additive", "per head"]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 7),
+    past=st.integers(0, 5),
+    kind=st.sampled_from(["bool", "additive", "per head"]),
+    seed=st.integers(0, 99),
+)
 def test_pattern_times_values_is_sdpa(n, past, kind, seed):
     q, k, v = qkv(n, n + past, seed=seed)
     visible = torch.ones(n, n + past, dtype=torch.bool).tril(past).expand(2, 1, n, n + past)

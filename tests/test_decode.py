@@ -108,7 +108,11 @@ def test_the_number_of_rows_in_a_forward_does_not_matter(llama, rows, phase):
 
 @pytest.mark.parametrize("kind", ["mean", "resample"])
 def test_conditions_take_values(llama, kind):
-    ids, answer, values = ids_of(llama), ids_of(llama, length=3, seed=3)[0], heads.head_means(llama, [ids_of(llama, seed=4)], False)
+    ids, answer, values = (
+        ids_of(llama),
+        ids_of(llama, length=3, seed=3)[0],
+        heads.head_means(llama, [ids_of(llama, seed=4)], False),
+    )
     scores = Conditions(llama, ids, SETS, kind, values=values).score(answer)
     whole = torch.cat([ids, answer[None, :-1]], dim=1)
     for name, chosen in SETS.items():

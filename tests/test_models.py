@@ -116,7 +116,9 @@ def cache(tmp_path, monkeypatch):
 
 def fetching(cache, **settings):
     environment = {**os.environ, "COUNT": str(cache.parent.parent / "count"), **settings}
-    return subprocess.Popen([sys.executable, "-c", FAKE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", FAKE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def entries(cache) -> list[str]:
@@ -346,9 +348,18 @@ def test_a_remote_model_holds_no_weights_and_sends_its_traces(key, folder, monke
     model = heads.load(str(folder), where="remote")
     assert all(parameter.is_meta for parameter in model._module.parameters())
     assert str(model.anatomy) == str(tiny("llama").anatomy)
-    sent = []
-    monkeypatch.setattr(heads.loading.Model, "trace", lambda self, *inputs, **kwargs: sent.append(kwargs["remote"]))
-    model.trace("a text")
-    model.trace("a text", remote=False)
-    model.generate("a text", max_new_tokens=3)
-    assert sent == [True, False, True]
+
+    class Sent(Exception):
+        pass
+
+    def trace(self, *inputs, **kwargs):
+        raise Sent(kwargs["remote"])
+
+    monkeypatch.setattr(heads.loading.Model, "trace", trace)
+    for send, remote in (
+        (lambda: model.trace("a text"), True),
+        (lambda: model.generate("a text", max_new_tokens=3), True),
+        (lambda: model.trace("a text", remote=False), False),
+    ):
+        with pytest.raises(Sent, match=str(remote)):
+            send()

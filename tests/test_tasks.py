@@ -16,7 +16,9 @@ HAY = ["The brown owl sleeps in the barn all day. It wakes at dusk. " * 40]
 
 def same(a, b) -> bool:
     """Equality of two lists of samples, token by token."""
-    return len(a) == len(b) and all(torch.equal(x.ids, y.ids) and x.span == y.span and x.name == y.name for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        torch.equal(x.ids, y.ids) and x.span == y.span and x.name == y.name for x, y in zip(a, b)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- needles
