@@ -80,10 +80,12 @@ def test_conda_names_the_same_torch_and_takes_the_rest_from_here():
     assert pip == ["-e .[test,lab]"] and set(EXTRAS) >= {"test", "lab"}
 
 
-def test_torch_is_pinned_once():
+def test_torch_has_one_version_everywhere():
     pin = str(MAIN["torch"].specifier).lstrip("=")
     for name in ("Makefile", ".ci/run", ".github/workflows/ci.yml"):
         assert pin not in (ROOT / name).read_text(), f"{name} should read torch's version from pyproject.toml"
+    # The README spells the commands out for those without make.
+    assert set(re.findall(r"torch==([\w.]+)", (ROOT / "README.md").read_text())) <= {pin}
 
 
 def dry_run(*words):

@@ -143,7 +143,7 @@ def peak(length: int, sets: dict, way: str) -> int:
 
 
 def run(quick: bool = False) -> dict:
-    lengths, n_random = ((200, 300), 2) if quick else ((512, 1024, 2048), 14)
+    lengths, n_random = ((200, 300), 2) if quick else ((512, 1024), 14)
     sets, sizes = fresh(choose, n_random), []
     for length in lengths:
         found = fresh(times, length, sets)

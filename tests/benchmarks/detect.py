@@ -133,7 +133,7 @@ def peak(length: int, way: str) -> int:
 
 
 def run(quick: bool = False) -> dict:
-    lengths, n, repeats = ((200, 300), 1, 1) if quick else ((512, 1024, 2048), 2, 2)
+    lengths, n, repeats = ((200, 300), 1, 1) if quick else ((512, 1024), 1, 2)
     sizes = []
     for length in lengths:
         found = fresh(times, length, n, repeats)

@@ -56,7 +56,7 @@ def peak(length: int, way: str) -> tuple[int, int, np.ndarray]:
 
 
 def run(quick: bool = False) -> dict:
-    lengths = (128, 256, 512) if quick else (512, 1024, 2048, 4096, 8000)  # the model's context holds 8192
+    lengths = (128, 256, 512) if quick else (1024, 2048, 4096, 8000)  # the model's context holds 8192
     sizes = []
     for length in lengths:
         size, token, rows = fresh(peak, length, "ours")
