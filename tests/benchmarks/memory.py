@@ -84,17 +84,16 @@ def draw(sizes: list[dict], growth: dict):
     fig, ax = plot.plt.subplots(figsize=(8, 4.8))
     blue, grey = plot.COLORS["blue"], "#5F5F5F"
     run = [s for s in sizes if s["peer"]]
-    ax.plot([s["size"] for s in sizes], [s["ours"] / GB for s in sizes], "o-", color=blue)
-    ax.plot([s["size"] for s in run], [s["peer"] / GB for s in run], "D-", color=grey)
+    ax.plot([s["size"] for s in sizes], [s["ours"] / GB for s in sizes], "o-", color=blue,
+            label=f"heads: grows as n^{growth['ours']:.2f}")  # fmt: skip
+    ax.plot([s["size"] for s in run], [s["peer"] / GB for s in run], "D-", color=grey,
+            label=f"eager, weights returned: grows as n^{growth['peer']:.2f}")  # fmt: skip
     if len(run) < len(sizes):
         tail = sizes[len(run) - 1 :]
         needs = [run[-1]["peer"] / GB, *(s["eager_weights_bytes"] / GB for s in tail[1:])]
-        ax.plot([s["size"] for s in tail], needs, "D:", color=grey, markerfacecolor="white")
-        ax.text(tail[-1]["size"], needs[-1], "not run: the weights alone  ", ha="right", va="center", color=grey)
-    for text, key, place, color in (("heads", "ours", sizes[-1], blue), ("eager, weights returned", "peer", run[-1], grey)):
-        above = key == "peer"
-        ax.annotate(f"{text}: grows as n^{growth[key]:.2f}", (place["size"], place[key] / GB), xytext=(-8, 8 if above else 12),
-                    textcoords="offset points", ha="right", va="bottom", color=color)  # fmt: skip
+        ax.plot([s["size"] for s in tail], needs, "D:", color=grey, markerfacecolor="white", zorder=1,
+                label="not run: its weights alone")  # fmt: skip
+    fig.legend(loc="outside lower center", ncols=1)
     ax.set(xscale="log", yscale="log", xlabel="context n (tokens)", ylabel="GB above the loaded model",
            title="Peak memory of reading attention while decoding")  # fmt: skip
     ax.set_xticks([s["size"] for s in sizes], [f"{s['size']:,}" for s in sizes])
