@@ -23,7 +23,7 @@ import heads
 from heads import models, papers, plot, publish
 
 MODEL = models.DEFAULT
-THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 torch.set_num_threads(THREADS)  # here, so that every fresh process has it; 1 suffers least from a busy machine
 GB = 1e9
 

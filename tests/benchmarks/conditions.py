@@ -135,8 +135,8 @@ def peak(length: int, sets: dict, way: str) -> int:
             (batch if way == "ours" else repeated)(model, sample, sets)
             return
         prefix = start(model, sample) if way == "copied" else None
-        for name in two:
-            by_hand(model, sample, {name: two[name]}, prefix)
+        for name, chosen in two.items():
+            by_hand(model, sample, {name: chosen}, prefix)
 
     batch(model, short, two)
     return peak_above(work, sample)[0]
