@@ -4,6 +4,7 @@ Colour-blind safe, readable at slide size, and the same bytes on every run: a fi
 that has not changed makes no difference in git.
 """
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,6 +28,7 @@ COLORS = {
 GREY = "#8A8A8A"
 FRAME = COLORS["green"]  # seen on every colour of both maps
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"  # both light at zero: most heads do nothing
+LARGEST = 120_000  # bytes of a picture that moves: it goes into a notebook, which may hold 300 kB
 
 RC = {
     "axes.axisbelow": True,
@@ -142,10 +144,62 @@ def save(fig, stem, data=None):
     with Image.open(png) as image:
         image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(png, optimize=True)
     fig.savefig(svg, metadata={"Date": None, "Creator": None})
+    return [png, svg, *_table(stem, data)]
+
+
+def animation(fig, draw, frames, stem, data=None, *, seconds=5.0, hold=1.5, dpi=80):
+    """Write a figure that moves as `stem`.png and `stem`.gif and, with data, `stem`.csv; return the paths.
+
+    draw(frame) changes the figure, once for each of `frames`. They take `seconds` together; then the last one
+    stays for `hold` seconds more. The layout is that of the first frame, so that nothing jumps.
+
+    The png, for a page, is an animated one: a browser plays it, and whatever cannot (paper, LaTeX) shows the last
+    frame. The gif, larger, is for slides. Neither holds a date or a version: the same frames give the same bytes.
+
+    Raises ValueError for fewer than two frames and for a png that is too large for a notebook.
+    """
+    pictures = _pictures(fig, draw, list(frames), dpi)
+    if len(pictures) < 2:
+        raise ValueError(f"an animation needs two frames or more, got {len(pictures)}: use save() for a figure that stands")
+    times = [round(1000 * seconds / len(pictures))] * len(pictures)
+    times[-1] += round(1000 * hold)
+    stem, moving = Path(stem), BytesIO()
+    last, film = pictures[-1], {"save_all": True, "duration": times, "loop": 0}
+    last.save(moving, "PNG", append_images=pictures, default_image=True, optimize=True, **film)
+    if moving.tell() > LARGEST:
+        raise ValueError(
+            f"{stem.name}: {moving.tell() // 1000} kB in {len(pictures)} frames, at most {LARGEST // 1000} kB: "
+            "take fewer frames or draw a smaller figure"
+        )
+    png, gif = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.gif")
+    png.write_bytes(moving.getvalue())
+    pictures[0].save(gif, append_images=pictures[1:], optimize=False, **film)
+    return [png, gif, *_table(stem, data)]
+
+
+def _pictures(fig, draw, frames, dpi):
+    """One palette picture for each frame, all with the same 64 colours."""
+    fig.set_dpi(dpi)
+    drawn = []
+    for frame in frames:
+        draw(frame)
+        fig.canvas.draw()
+        fig.set_layout_engine("none")
+        drawn.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
+    if not drawn:
+        return []
+    # the colours of six frames spread over the whole, so that the first ones do not decide
+    chosen = [drawn[i] for i in np.linspace(0, len(drawn) - 1, 6).astype(int)]
+    palette = Image.fromarray(np.vstack([np.asarray(picture) for picture in chosen])).quantize(64, dither=Image.Dither.NONE)
+    return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in drawn]
+
+
+def _table(stem, data):
+    """`stem`.csv in a list, or an empty list where there are no data."""
     if data is None:
-        return [png, svg]
+        return []
     frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(data)
     table = stem.with_name(f"{stem.name}.csv")
     named = not isinstance(frame.index, pd.RangeIndex)
     frame.to_csv(table, index=named, float_format="%.6g", lineterminator="\n")
-    return [png, svg, table]
+    return [table]

@@ -78,9 +78,21 @@ class Study:
         name is the file's stem, such as '1-bands'. In a notebook the picture and its caption
         appear here, and the figure is closed so that it does not appear again.
         """
+        self._keep(name, caption, fig, lambda stem: plot.save(fig, stem, data))
+
+    def animation(self, fig, draw, frames, name, data=None, caption="", **timing):
+        """Keep a figure that moves, and show it: `draw(frame)` changes it, once for each of `frames`.
+
+        Kept as png (it plays in a browser and stands still on paper), gif (for slides) and, with data, csv.
+        timing: `seconds`, `hold` and `dpi` of `heads.plot.animation`, which says what is refused.
+        """
+        self._keep(name, caption, fig, lambda stem: plot.animation(fig, draw, frames, stem, data, **timing))
+
+    def _keep(self, name, caption, fig, write):
+        """Write a figure's files, list them in the record, close it and show the first of them with its caption."""
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"a figure's name is a file stem of letters, digits, '-' and '.', not {name!r}")
-        files = plot.save(fig, self._output.work / name, data)
+        files = write(self._output.work / name)
         plot.plt.close(fig)
         self._figures[name] = {"name": name, "caption": caption, "files": [f.name for f in files]}
         _display(Shown(f"<figure {name}>", png=files[0].read_bytes()))

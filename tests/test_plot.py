@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from heads import plot
 
@@ -21,6 +22,8 @@ plot.heatmap(values, left, highlight=[(1, 2)], title="map")
 plot.band(right, [1, 2, 3], values[:5, :3], "sets")
 right.legend()
 plot.save(fig, sys.argv[1], {"x": values.ravel()})
+bar = right.axvline(1)
+plot.animation(fig, lambda x: bar.set_xdata([x, x]), [1, 2, 3], sys.argv[1] + "-moving", {"x": [1, 2, 3]})
 """
 
 
@@ -42,7 +45,8 @@ def test_two_processes_write_the_same_bytes(tmp_path):
         (tmp_path / run).mkdir()
         subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / run / "figure")], check=True)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["figure.csv", "figure.png", "figure.svg"]
+    moving = ["figure-moving.csv", "figure-moving.gif", "figure-moving.png"]
+    assert names == [*moving, "figure.csv", "figure.png", "figure.svg"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -122,3 +126,57 @@ def test_a_band_is_the_spread_of_the_sets():
     assert not ax.collections, "one set has no spread"
     with pytest.raises(ValueError, match=r"expected \[any, 2\]"):
         plot.band(ax, [1, 2], np.zeros((2, 3)))
+
+
+# ---- what moves ---------------------------------------------------------------------------
+
+
+def moving_bar():
+    fig, ax = plt.subplots(figsize=(3, 2))
+    (bar,) = ax.bar([0], [0], color="black")
+    ax.set(xlim=(-1, 1), ylim=(0, 4))
+    return fig, bar.set_height
+
+
+def darkness(image):
+    return (np.asarray(image.convert("L")) < 50).sum()
+
+
+def test_an_animation_moves_rests_on_its_end_and_repeats(tmp_path):
+    fig, draw = moving_bar()
+    png, gif, table = plot.animation(fig, draw, [1, 2, 3], tmp_path / "1.5-bar", {"height": [1, 2, 3]}, seconds=0.6, hold=2)
+    assert [path.name for path in (png, gif, table)] == ["1.5-bar.png", "1.5-bar.gif", "1.5-bar.csv"]
+    with Image.open(gif) as film:
+        dark, durations = [], []
+        for frame in range(film.n_frames):
+            film.seek(frame)
+            dark.append(darkness(film))
+            durations.append(film.info["duration"])
+        assert dark == sorted(dark) and len(set(dark)) == 3
+        assert durations == [200, 200, 2200] and film.info["loop"] == 0
+    with Image.open(png) as film:
+        assert film.format == "PNG" and film.n_frames == 4 and film.info["default_image"]
+        assert darkness(film) == dark[-1], "what cannot move shows the end"
+
+
+def test_the_layout_of_an_animation_is_that_of_its_first_frame(tmp_path):
+    fig, ax = plt.subplots()
+    places = []
+
+    def draw(top):
+        ax.set(ylim=(0, top), ylabel="a label\non " + "several\n" * (top > 10) + "lines")
+        places.append(ax.get_position().bounds)
+
+    plot.animation(fig, draw, [1, 10_000, 100_000], tmp_path / "f", dpi=40)
+    assert places[1] == places[2]
+
+
+def test_a_large_or_single_frame_is_no_animation(tmp_path):
+    fig, draw = moving_bar()
+    for frames in ([], [1]):
+        with pytest.raises(ValueError, match=f"two frames or more, got {len(frames)}"):
+            plot.animation(fig, draw, frames, tmp_path / "f")
+    image, rng = plt.figure().figimage(np.zeros((400, 600)), vmin=0, vmax=1), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="kB in 9 frames.*fewer frames or draw a smaller figure"):
+        plot.animation(image.figure, lambda _: image.set_data(rng.random((400, 600))), range(9), tmp_path / "f")
+    assert not list(tmp_path.iterdir())

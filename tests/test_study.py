@@ -174,6 +174,18 @@ def test_a_figure_is_closed_after_it_was_kept(study):
         study.figure(a_figure(), "../1-a")
 
 
+def test_an_animation_is_kept_and_closed(study, tree):  # noqa: F811
+    fig = a_figure()
+    study.animation(fig, lambda x: fig.axes[0].set_xlim(0, x), [1, 2], "1-film", {"x": [1, 2]}, "It moves.", seconds=1)
+    assert not plt.fignum_exists(fig.number)
+    with pytest.raises(ValueError, match="file stem"):
+        study.animation(a_figure(), print, [1, 2], "a/b")
+    conclude(study)
+    [film] = published(tree)["figures"]
+    assert film == {"name": "1-film", "caption": "It moves.", "files": ["1-film.png", "1-film.gif", "1-film.csv"]}
+    assert all((tree / "figures" / "toy-paper" / name).is_file() for name in film["files"])
+
+
 # ---- the record ---------------------------------------------------------------------------
 
 
