@@ -23,6 +23,17 @@ def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
     return x.reshape(x.shape[0], n_kv, -1, x.shape[-1])
 
 
+def _by_prompt(rows: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Matrix products of many rows with few shared matrices, one product per prompt instead of one per row.
+
+    `[condition * prompt, kv, a, b]`, `[prompt, kv, b, c]` -> `[condition * prompt, kv, a, c]`: row r belongs to
+    prompt r % n_prompts, and all conditions of a prompt join the a axis.
+    """
+    n, (kv, a, b) = shared.shape[0], rows.shape[1:]
+    joined = rows.view(-1, n, kv, a, b).permute(1, 2, 0, 3, 4).reshape(n, kv, -1, b) @ shared
+    return joined.view(n, kv, -1, a, shared.shape[-1]).permute(2, 0, 1, 3, 4).reshape(-1, kv, a, shared.shape[-1])
+
+
 def pattern(module, query, key, mask=None, scaling=None, softcap=None, shared_prefix=None, is_causal=None, **_):
     """The attention pattern of one call, as the eager formula gives it.
 
@@ -42,11 +53,8 @@ def pattern(module, query, key, mask=None, scaling=None, softcap=None, shared_pr
     q = _group(query, n_kv)
     logits = q @ key.transpose(-1, -2)
     if shared_prefix is not None:
-        prefix = shared_prefix.layers[module.layer_idx].prefix_keys[0]  # [kv, prefix, d_head]
-        # one matrix product for all conditions: the batch joins the queries
-        rows = q.transpose(0, 1).reshape(n_kv, -1, q.shape[-1]) @ prefix.transpose(-1, -2)
-        rows = rows.view(n_kv, q.shape[0], -1, prefix.shape[1]).transpose(0, 1)
-        logits = torch.cat([rows, logits], dim=-1)
+        prefix = shared_prefix.layers[module.layer_idx].prefix_keys  # [prompt, kv, prefix, d_head]
+        logits = torch.cat([_by_prompt(q, prefix.transpose(-1, -2)), logits], dim=-1)
     logits = logits.reshape(query.shape[0], -1, n_query, logits.shape[-1])
     logits = logits * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -68,19 +76,21 @@ def mix(module, weights, value, shared_prefix=None):
     if shared_prefix is None:
         z = w @ value
     else:
-        prefix = shared_prefix.layers[module.layer_idx].prefix_values[0]
-        n = prefix.shape[1]
-        rows = w[..., :n].transpose(0, 1).reshape(n_kv, -1, n) @ prefix
-        z = rows.view(n_kv, w.shape[0], -1, prefix.shape[-1]).transpose(0, 1) + w[..., n:] @ value
+        prefix = shared_prefix.layers[module.layer_idx].prefix_values
+        n = prefix.shape[2]
+        z = _by_prompt(w[..., :n], prefix) + w[..., n:] @ value
     return z.reshape(weights.shape[0], -1, n_query, z.shape[-1]).transpose(1, 2)
 
 
-def attention(module, query, key, value, attention_mask, pattern_override=None, shared_prefix=None, **kwargs):
+def attention(module, query, key, value, attention_mask, pattern_override=None, shared_prefix=None, edit=None, **kwargs):
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
-    `layers[i].attn.pattern` becomes. Returns (`[batch, query, head, d_head]`, pattern or None).
+    `layers[i].attn.pattern` becomes. `edit(query, key, value)` returns what to use in their place, for
+    replays outside a trace. Returns (`[batch, query, head, d_head]`, pattern or None).
     """
+    if edit is not None:
+        query, key, value = edit(query, key, value)
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux) are not supported: load a model without them")
     weights = pattern_override
@@ -107,20 +117,18 @@ class SharedLayer(DynamicLayer):
 
 
 class SharedPrefix(Cache):
-    """A KV cache whose prefix is stored once and read by every row of a batch.
+    """A KV cache whose prefixes are stored once and read by every row of a batch.
 
     Pass it twice, `model(ids, past_key_values=cache, shared_prefix=cache)`: the first lets
     transformers count positions, the second lets `attention` find the prefix. Row r of the batch
-    then continues the same prefix, and the prefix costs memory once, not once a row.
+    then continues prefix r modulo their number, and a prefix costs memory once, not once a row.
 
     Args:
-        prefix: a cache with one row (`[1, kv_head, position, d_head]` in every layer), left as it is.
+        prefix: a cache of one or several prompts of equal length (`[prompt, kv_head, position, d_head]` in
+            every layer), left as it is.
     """
 
     def __init__(self, prefix: Cache):
-        rows = prefix.layers[0].keys.shape[0]
-        if rows != 1:
-            raise ValueError(f"a shared prefix is one prompt, but the cache holds {rows}: prefill one prompt at a time")
         super().__init__(layers=[SharedLayer(layer) for layer in prefix.layers])
 
 
