@@ -15,6 +15,7 @@ _HOME = {
     "ablate": "ablation",
     "head_means": "ablation",
     "Conditions": "decode",
+    "decode_batch": "decode",
     "decode_rows": "decode",
     "prefill": "decode",
     "head_outputs": "anatomy",

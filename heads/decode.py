@@ -1,4 +1,4 @@
-"""Decoding with open eyes: read attention rows as tokens are written, or run many conditions at once."""
+"""Decoding with open eyes: read attention rows as tokens are written, of many prompts or under many conditions at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import nnsight
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from heads.ablation import ablate
 from heads.attention import SharedPrefix
@@ -26,6 +26,53 @@ def prefill(model, ids: torch.Tensor) -> DynamicCache:
     with torch.no_grad(), model.trace(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1):
         pass
     return cache
+
+
+class JoinedLayer(DynamicLayer):
+    """One layer's keys and values of several prompts, aligned at their ends: `[row, kv_head, position, d_head]`.
+
+    Shorter prompts have zeros on the left, which the attention mask hides; the distance of two tokens, and so a
+    sliding window, is what it was. Room for `room` more tokens is there from the start: no step copies the cache.
+    """
+
+    def __init__(self, layers: list[DynamicLayer], room: int):
+        super().__init__()
+        self.length = max(layer.get_seq_length() for layer in layers)
+        self.store = [self._join([getattr(layer, part) for layer in layers], room) for part in ("keys", "values")]
+        self._show()
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def _join(self, parts: list[torch.Tensor], room: int) -> torch.Tensor:
+        kv_heads, _, d_head = parts[0].shape[1:]
+        joined = parts[0].new_zeros(len(parts), kv_heads, self.length + room, d_head)
+        for row, part in zip(joined, parts):
+            row[:, self.length - part.shape[2] : self.length] = part[0]
+        return joined
+
+    def _show(self):
+        self.keys, self.values = (part[:, :, : self.length] for part in self.store)
+        return self.keys, self.values
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for part, new in zip(self.store, (key_states, value_states)):
+            part[:, :, start : self.length] = new
+        return self._show()
+
+    def batch_select_indices(self, indices) -> None:
+        self.store = [part[indices] for part in self.store]
+        self._show()
+
+
+def join(caches: list[DynamicCache], room: int) -> Cache:
+    """Caches of one prompt each as one batch, with room for so many more tokens. They are emptied on the way, layer
+    by layer, so that nothing is held twice."""
+    joined = []
+    for layers in zip(*(cache.layers for cache in caches)):
+        joined.append(JoinedLayer(list(layers), room))
+        for layer in layers:
+            layer.reset()
+    return Cache(layers=joined)
 
 
 @dataclass(frozen=True)
@@ -49,27 +96,72 @@ def _stops(model, stop: str | None) -> set[int]:
     return ids
 
 
-def decode_rows(model, ids: torch.Tensor, max_new_tokens: int = 50, stop: str | None = "\n") -> Iterator[Step]:
-    """Greedy decoding that shows, token by token, each head's attention row.
+def _check(ids: torch.Tensor, name: str) -> None:
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+        raise ValueError(f"{name} has the shape {list(ids.shape)}: expected one prompt, [1, position], two tokens or more")
 
-    The prompt but its last token is prefilled through SDPA. Then each forward takes one token and reads
-    one row per head: memory grows with the context, never with its square.
+
+def decode_batch(
+    model, prompts: list[torch.Tensor], max_new_tokens: int = 50, stop: str | None = "\n"
+) -> Iterator[dict[int, Step]]:
+    """Greedy decoding of several prompts at once that shows, token by token, each head's attention row.
+
+    Every prompt but its last token is prefilled by itself, through SDPA. Then each forward takes one token of every
+    prompt that still writes, and reads one row per head: the weights are read once for all prompts, and memory
+    grows with the context, never with its square.
 
     Args:
-        ids: `[1, position]`.
-        stop: decoding ends before a token that contains this text, or at the end of text.
+        prompts: ids, `[1, position]` each, of any lengths from two tokens on.
+        stop: a prompt's decoding ends before a token that contains this text, or at the end of text.
+
+    Yields:
+        Per forward, the steps of the prompts that still write: index in `prompts` -> `Step`, without padding.
+
+    Raises:
+        ValueError: a prompt that is not `[1, position]` with two tokens or more.
     """
-    cache, last, stops = prefill(model, ids[:, :-1]), ids[:, -1:], _stops(model, stop)
-    for _ in range(max_new_tokens):
-        with torch.no_grad(), model.trace(input_ids=last, past_key_values=cache, use_cache=True):
-            rows = nnsight.save([])
-            for layer in model.layers:
-                rows.append(layer.attn.pattern[0, :, -1])
-            logits = model.logits.save()
+    for i, ids in enumerate(prompts):
+        _check(ids, f"prompt {i}")
+    if not prompts:
+        return
+    prompts, stops = [ids.to(model.device) for ids in prompts], _stops(model, stop)
+    longest = max(ids.shape[1] for ids in prompts)
+    live, padding = list(range(len(prompts))), [longest - ids.shape[1] for ids in prompts]
+    cache = join([prefill(model, ids[:, :-1]) for ids in prompts], max_new_tokens)
+    last = torch.cat([ids[:, -1:] for ids in prompts])
+    for length in range(longest, longest + max_new_tokens):
+        left = torch.tensor([padding[i] for i in live], device=model.device)[:, None]
+        logits, rows = _step(model, cache, last, torch.arange(length, device=model.device) >= left, length - 1 - left)
         last = logits[:, -1:].argmax(-1)
-        if last.item() in stops:
+        tokens = last.flatten().tolist()
+        going = [row for row, token in enumerate(tokens) if token not in stops]
+        if not going:
             return
-        yield Step(last.item(), torch.stack([row.to(last.device) for row in rows]))
+        yield {live[row]: Step(tokens[row], rows[row, :, :, padding[live[row]] :]) for row in going}
+        if len(going) < len(live):
+            last, live = last[going], [live[row] for row in going]
+            cache.batch_select_indices(going)
+
+
+def _step(model, cache, ids, mask, positions) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward: logits `[row, 1, vocabulary]` and attention rows `[row, layer, head, key]`."""
+    with (
+        torch.no_grad(),
+        model.trace(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True),
+    ):
+        rows = nnsight.save([])
+        for layer in model.layers:
+            weights = layer.attn.pattern
+            rows.append(weights[:, :, -1])
+            layer.attn.pattern = weights  # mixed as they are: SDPA would only compute them again
+        logits = model.logits.save()
+    return logits, torch.stack([row.to(logits.device) for row in rows], dim=1)
+
+
+def decode_rows(model, ids: torch.Tensor, max_new_tokens: int = 50, stop: str | None = "\n") -> Iterator[Step]:
+    """`decode_batch` of a single prompt, `[1, position]`: one `Step` per token."""
+    for steps in decode_batch(model, [ids], max_new_tokens, stop):
+        yield steps[0]
 
 
 @dataclass(frozen=True)
@@ -101,7 +193,7 @@ class Conditions:
         prefix: `prefill(model, ids[:, :-1])`, if several batches of conditions share one prompt.
 
     Raises:
-        ValueError: no conditions, a phase that leaves decoding clean, or a prefix of another length.
+        ValueError: no conditions, a phase that leaves decoding clean, several prompts, or a prefix of another length.
     """
 
     def __init__(self, model, ids, sets: dict[str, list], kind: str = "uniform", phase: str = "decode", values=None,
@@ -110,12 +202,14 @@ class Conditions:
             raise ValueError("phase='prefill' leaves decoding clean: use heads.ablate(...) for one condition at a time")
         if not sets:
             raise ValueError("no conditions: give a dict of name -> heads, for example {'none': [], 'top': scores.top(5)}")
+        _check(ids, "the prompt")
         self.model, self.ids, self.names, self.phase = model, ids.to(model.device), list(sets), phase
         chunks = [self.names[i : i + rows] for i in range(0, len(self.names), rows)]
         # an empty set still needs its row, so rows are given as lists
         self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, phase=phase, values=values)) for c in chunks]
         if prefix is not None and prefix.get_seq_length() != ids.shape[1] - 1:
-            raise ValueError(f"the prefix holds {prefix.get_seq_length()} positions, the prompt needs {ids.shape[1] - 1}: all but its last")
+            held, needed = prefix.get_seq_length(), ids.shape[1] - 1
+            raise ValueError(f"the prefix holds {held} positions, the prompt needs {needed}: all but its last")
         self.prefix = (prefix or prefill(model, self.ids[:, :-1])) if phase == "decode" else None
 
     def _start(self, edited, n: int):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from heads.decode import decode_rows
+from heads.decode import Step, decode_batch
 from heads.scores import HeadScores
 from heads.tasks.needle import Sample
 
@@ -62,8 +62,8 @@ class Retrieval:
         """
         if not self.successes:
             raise ValueError(
-                f"the model answered none of {len(self.trials)} samples (ROUGE-1 recall above {GATE:.0f}): retrieval scores are "
-                "defined on successes only. Use shorter prompts, form='stem', or a stronger model"
+                f"the model answered none of {len(self.trials)} samples (ROUGE-1 recall above {GATE:.0f}): retrieval scores "
+                "are defined on successes only. Use shorter prompts, form='stem', or a stronger model"
             )
         return np.stack([trial.copies for trial in self.successes])
 
@@ -78,49 +78,75 @@ class Retrieval:
         return HeadScores((self.samples > 0).mean(0), "activation frequency")
 
 
-def copy_steps(rows: torch.Tensor, token: int, ids: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
+def copying(best: torch.Tensor, token: int, ids: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
     """Which heads copy in one decode step: `[layer, head]` booleans.
 
     A head copies if the position it attends to most, of all positions, lies in the answer's span and holds
     the token being written.
 
     Args:
-        rows: attention rows, `[layer, head, key]`.
+        best: the position each head attends to most, `[layer, head]`.
         ids: the prompt, `[1, position]`.
     """
-    best = rows.argmax(-1)
     inside = (best >= span[0]) & (best < span[1])
-    holds = ids[0].to(rows.device)[best.clamp(max=ids.shape[1] - 1)] == token
-    return inside & holds
+    return inside & (ids[0][best.clamp(max=ids.shape[1] - 1)] == token)
 
 
-def trial(model, sample: Sample, max_new_tokens: int = 50, stop: str | None = "\n", dedup: bool = False) -> Trial:
-    """Let the model answer one sample and watch its heads.
+class Tally:
+    """What the heads do while one sample is answered, added up step by step."""
+
+    def __init__(self, model, sample: Sample):
+        self.sample, self.ids, (self.start, self.end) = sample, sample.ids.to(model.device), sample.span
+        shape, device = (model.anatomy.n_layers, model.anatomy.n_heads), self.ids.device
+        self.counts = torch.zeros(*shape, self.end - self.start, device=device)  # copies of each answer token
+        self.needle, self.first = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.tokens: list[int] = []
+
+    def add(self, step: Step) -> None:
+        best = step.rows.argmax(-1)
+        hits = copying(best, step.token, self.ids, self.sample.span)
+        offset = (best - self.start).clamp(0, self.end - self.start - 1)
+        self.counts.scatter_add_(-1, offset[..., None], hits[..., None].float())
+        self.needle += step.rows[..., self.start : self.end].float().sum(-1)
+        self.first += step.rows[..., 0].float()
+        self.tokens.append(step.token)
+
+    def trial(self, model, dedup: bool) -> Trial:
+        response, n = model.tokenizer.decode(self.tokens), max(len(self.tokens), 1)
+        copies = (self.counts.clamp(max=1) if dedup else self.counts).sum(-1) / (self.end - self.start)
+        tables = (table.cpu().numpy() for table in (copies, self.needle / n, self.first / n))
+        return Trial(self.sample, response, rouge1_recall(response, self.sample.answer), *tables)
+
+
+def batches(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices of prompts to decode together: neighbours in length, at most `tokens` with padding, or one alone."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found and (len(found[-1]) + 1) * lengths[i] <= tokens:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def retrieval_scores(model, samples: list[Sample], max_new_tokens: int = 50, stop: str | None = "\n",
+                     dedup: bool = False, name: str = "retrieval score", progress: bool = True,
+                     batch_tokens: int = 8192) -> Retrieval:  # fmt: skip
+    """Let the model answer every sample, and watch its heads.
 
     Args:
         dedup: count a position copied twice once, as the paper's formula |g intersect k| / |k| reads. The
             released code counts every copy, so that a score can pass 1; so does the default here.
+        batch_tokens: prompts are decoded together as long as they hold no more tokens than this; it bounds the
+            memory of the KV cache and does not change the result. 0: one by one.
     """
-    ids, span = sample.ids.to(model.device), sample.span
-    shape = (model.anatomy.n_layers, model.anatomy.n_heads)
-    length = span[1] - span[0]
-    counts = torch.zeros(*shape, length)  # copies of each answer token
-    needle, first, tokens = torch.zeros(shape), torch.zeros(shape), []
-    for step in decode_rows(model, ids, max_new_tokens, stop):
-        hits = copy_steps(step.rows, step.token, ids, span).cpu()
-        offset = (step.rows.argmax(-1).cpu() - span[0]).clamp(0, length - 1)
-        counts.scatter_add_(-1, offset[..., None], hits[..., None].float())
-        needle += step.rows[..., span[0] : span[1]].sum(-1).float().cpu()
-        first += step.rows[..., 0].float().cpu()
-        tokens.append(step.token)
-    response = model.tokenizer.decode(tokens)
-    copies = (counts.clamp(max=1) if dedup else counts).sum(-1) / length
-    n = max(len(tokens), 1)
-    return Trial(sample, response, rouge1_recall(response, sample.answer), copies.numpy(), (needle / n).numpy(), (first / n).numpy())
-
-
-def retrieval_scores(model, samples: list[Sample], max_new_tokens: int = 50, stop: str | None = "\n", dedup: bool = False,
-                     name: str = "retrieval score", progress: bool = True) -> Retrieval:  # fmt: skip
-    """Retrieval scores of every head over needle samples; see `trial` for the parameters."""
-    bar = tqdm(samples, desc=name, unit="sample", disable=None if progress else True)
-    return Retrieval([trial(model, sample, max_new_tokens, stop, dedup) for sample in bar], name)
+    trials: dict[int, Trial] = {}
+    with tqdm(total=len(samples), desc=name, unit="sample", disable=None if progress else True) as bar:
+        for batch in batches([sample.ids.shape[1] for sample in samples], batch_tokens):
+            tallies = [Tally(model, samples[i]) for i in batch]
+            for steps in decode_batch(model, [samples[i].ids for i in batch], max_new_tokens, stop):
+                for row, step in steps.items():
+                    tallies[row].add(step)
+            trials |= {i: tally.trial(model, dedup) for i, tally in zip(batch, tallies)}
+            bar.update(len(batch))
+    return Retrieval([trials[i] for i in range(len(samples))], name)

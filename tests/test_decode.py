@@ -6,7 +6,7 @@ from conftest import ids_of, logits_of, near, plain_of
 from test_ablation import by_hand
 
 import heads
-from heads.decode import Conditions, decode_rows, prefill
+from heads.decode import Conditions, decode_batch, decode_rows, join, prefill
 
 SETS = {"none": [], "one": [(0, 1)], "three": [(0, 1), (2, 3), (2, 0)], "layer": [(1, h) for h in range(4)]}
 
@@ -71,6 +71,96 @@ def test_a_prompt_is_prefilled_without_logits_for_every_position(default, sample
     cache = prefill(default, sample.ids)
     handle.remove()
     assert seen == [1] and cache.get_seq_length() == sample.ids.shape[1]
+
+
+# ------------------------------------------------------------------------------------ decode_batch
+
+
+def prompts_of(model, lengths=(5, 20, 14, 20)) -> list[torch.Tensor]:
+    """Prompts of different lengths; the tiny models' sliding windows are shorter than the longest."""
+    return [ids_of(model, length=length, seed=seed) for seed, length in enumerate(lengths)]
+
+
+def same_steps(model, prompts, n: int, stop: str | None = None, tolerance: float = 1) -> list[int]:
+    """A batch equals its prompts one by one, in tokens and rows; returns how many tokens each wrote."""
+    found = [[] for _ in prompts]
+    for steps in decode_batch(model, prompts, n, stop):
+        assert steps, "a forward that nobody needed"
+        for i, step in steps.items():
+            found[i].append(step)
+    for ids, together in zip(prompts, found):
+        alone = list(decode_rows(model, ids, n, stop))
+        assert [step.token for step in together] == [step.token for step in alone]
+        for ours, theirs in zip(together, alone):
+            near(ours.rows, theirs.rows, tolerance)
+    return [len(steps) for steps in found]
+
+
+def test_prompts_of_different_lengths_decode_together_as_one_by_one(decoder):
+    assert max(same_steps(decoder, prompts_of(decoder), 8)) == 8
+
+
+def test_prompts_of_the_default_model_decode_together_as_one_by_one(default):
+    samples = heads.tasks.needle(default, lengths=[110, 150, 128], depths=[0.4])
+    written = same_steps(default, [sample.ids for sample in samples], 12, "\n")
+    assert min(written) > 1
+
+
+def test_a_prompt_that_stops_leaves_the_batch(llama, monkeypatch):
+    """Forwards run for the prompts that still write only, and the others' rows stay theirs."""
+    prompts, sizes, joined = prompts_of(llama), [], heads.decode._step
+    first = [[step.token for step in decode_rows(llama, ids, 6, stop=None)] for ids in prompts]
+    stop = next(t for token in first[1][2:] if (t := llama.tokenizer.decode([token])).strip())
+
+    def step(model, cache, ids, *args):
+        sizes.append(len(ids))
+        return joined(model, cache, ids, *args)
+
+    monkeypatch.setattr(heads.decode, "_step", step)
+    list(decode_batch(llama, prompts, 6, stop))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4 > sizes[-1]
+    monkeypatch.undo()
+    written = same_steps(llama, prompts, 6, stop)
+    assert min(written) < max(written)
+
+
+def test_padding_gets_no_attention_at_all(decoder, monkeypatch):
+    made, prompts, seen = heads.attention.pattern, prompts_of(decoder), []
+
+    def recorded(module, query, *args, **kwargs):
+        weights = made(module, query, *args, **kwargs)
+        if query.shape[0] == len(prompts):
+            seen.extend(weights[row, ..., : 20 - ids.shape[1]] for row, ids in enumerate(prompts))
+        return weights
+
+    monkeypatch.setattr("heads.anatomy.attention_pattern", recorded)
+    steps = list(decode_batch(decoder, prompts, 3, stop=None))
+    assert seen and all((weights == 0).all() for weights in seen)
+    for step in steps[0].values():
+        near(step.rows.sum(-1), torch.ones(step.rows.shape[:2]))
+
+
+def test_joined_caches_are_aligned_at_their_ends_emptied_and_written_in_place(llama):
+    caches = [prefill(llama, ids) for ids in prompts_of(llama, (5, 8))]
+    keys = [cache.layers[2].keys.clone() for cache in caches]
+    joined = join(caches, room=3)
+    layer = joined.layers[2]
+    assert joined.get_seq_length() == 8 and all(cache.get_seq_length() == 0 for cache in caches)
+    assert torch.equal(layer.keys[1], keys[1][0]) and torch.equal(layer.keys[0, :, 3:], keys[0][0])
+    assert not layer.keys[0, :, :3].any() and not layer.values[0, :, :3].any()
+    place, new = layer.keys.data_ptr(), torch.ones(2, *keys[0].shape[1:2], 1, keys[0].shape[3])
+    for length in (9, 10, 11):
+        found, _ = layer.update(new, new)
+        assert found.data_ptr() == place and found.shape[2] == length and (found[:, :, 8:] == 1).all()
+    joined.batch_select_indices([1])
+    assert torch.equal(layer.keys[0, :, :8], keys[1][0]) and layer.keys.shape[:3] == (1, keys[0].shape[1], 11)
+
+
+def test_a_prompt_of_another_shape_is_refused_before_anything_runs(llama):
+    for wrong in (ids_of(llama, rows=2), ids_of(llama, length=1), ids_of(llama)[0]):
+        with pytest.raises(ValueError, match=r"prompt 1 has the shape \[.*\]: expected one prompt"):
+            next(decode_batch(llama, [ids_of(llama), wrong]))
+    assert not list(decode_batch(llama, []))
 
 
 # -------------------------------------------------------------------------------------- conditions

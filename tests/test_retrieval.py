@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ids_of, plain_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 import heads
 from heads import retrieval
-from heads.retrieval import Retrieval, Trial, retrieval_scores, rouge1_recall, trial
+from heads.decode import Step
+from heads.retrieval import Retrieval, Trial, batches, copying, retrieval_scores, rouge1_recall
 from heads.tasks import Sample
+
+
+def trial(model, sample, *args) -> Trial:
+    """One sample by itself."""
+    return retrieval_scores(model, [sample], *args, progress=False).trials[0]
 
 
 def literal(module, tokenizer, sample, max_new_tokens, stop, dedup=False):
@@ -77,19 +85,17 @@ def test_a_copy_is_the_most_attended_position_of_all_with_the_written_token():
         "a generated token": (5, False),
     }
     rows = torch.nn.functional.one_hot(torch.tensor([[at for at, _ in heads_.values()]]), 6) * 0.6 + 0.1
-    assert retrieval.copy_steps(rows, 6, ids, (1, 3)).tolist() == [[copies for _, copies in heads_.values()]]
+    assert copying(rows.argmax(-1), 6, ids, (1, 3)).tolist() == [[copies for _, copies in heads_.values()]]
 
 
 def test_without_dedup_a_model_that_repeats_itself_passes_one(monkeypatch, llama):
     """The head always looks at position 1, and the model always writes the token that stands there."""
-    from heads.decode import Step
-
     sample = Sample(torch.tensor([[5, 70, 7, 8]]), (1, 3), "x", torch.tensor([70]), "x", "stem", 4, 0)
     rows = torch.zeros(4, 4, 4)
     rows[..., 1] = 1
-    monkeypatch.setattr(retrieval, "decode_rows", lambda *args: iter([Step(70, rows)] * 3))
+    monkeypatch.setattr(retrieval, "decode_batch", lambda *args: iter([{0: Step(70, rows)}] * 3))
     assert (trial(llama, sample).copies == 1.5).all()
-    assert (trial(llama, sample, dedup=True).copies == 0.5).all()
+    assert (trial(llama, sample, 50, None, True).copies == 0.5).all()
 
 
 # --------------------------------------------------------------------------------------- over samples
@@ -115,9 +121,45 @@ def test_a_model_that_answers_nothing_has_no_scores():
 
 
 def test_a_model_that_stops_at_once_has_a_trial_of_zeros(llama, monkeypatch):
-    monkeypatch.setattr(retrieval, "decode_rows", lambda *args: iter([]))
+    monkeypatch.setattr(retrieval, "decode_batch", lambda *args: iter([]))
     found = trial(llama, repeating(llama))
     assert found.response == "" and not found.success and not found.copies.any() and not found.needle.any()
+
+
+def same(ours: list[Trial], theirs: list[Trial]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.sample is b.sample and a.response == b.response and a.recall == b.recall
+        np.testing.assert_array_equal(a.copies, b.copies)
+        np.testing.assert_allclose(a.needle, b.needle, atol=1e-5)
+        np.testing.assert_allclose(a.first, b.first, atol=1e-5)
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_samples_of_different_lengths_together_score_as_one_by_one(decoder, dedup):
+    samples = [repeating(decoder, seed, length) for seed, length in enumerate((36, 24, 40, 30))]
+    together, few, alone = (
+        retrieval_scores(decoder, samples, 8, None, dedup, progress=False, batch_tokens=tokens).trials
+        for tokens in (8192, 100, 0)
+    )
+    same(together, alone)
+    same(few, alone)
+    assert sum(t.copies.sum() for t in alone) > 0, "no head copies: this test cannot fail"
+
+
+def test_samples_of_the_default_model_together_score_as_one_by_one(default):
+    samples = heads.tasks.needle(default, lengths=[128, 110, 150], depths=[0.4])
+    together, alone = (retrieval_scores(default, samples, 12, progress=False, batch_tokens=n) for n in (8192, 0))
+    same(together.trials, alone.trials)
+    assert together.successes and len({len(t.response) for t in together.trials}) > 1
+
+
+@given(st.lists(st.integers(2, 50), max_size=12), st.integers(0, 200))
+def test_batches_hold_every_prompt_once_and_no_more_tokens_than_asked(lengths, tokens):
+    found = batches(lengths, tokens)
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens for batch in found)
+    if lengths and len(lengths) * max(lengths) <= tokens:
+        assert len(found) == 1
 
 
 def test_scores_over_samples_are_those_of_each_trial(llama, monkeypatch, capsys):
