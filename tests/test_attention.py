@@ -122,7 +122,8 @@ def test_shared_keys_and_values_are_not_handed_out_in_pieces(llama, part):
             getattr(llama.layers[0].attn, part).save()
 
 
-def test_a_prefix_of_several_prompts_is_refused():
-    prefix = heads.prefill(tiny("llama"), ids_of(tiny("llama"), rows=2))
-    with pytest.raises(ValueError, match="one prompt, but the cache holds 2"):
-        SharedPrefix(prefix)
+def test_several_prompts_are_shared_by_several_conditions_each(decoder):
+    prompts, ends = ids_of(decoder, length=20, rows=3), ids_of(decoder, length=2, rows=6, seed=1)
+    cache = SharedPrefix(heads.prefill(decoder, prompts))
+    found = logits_of(decoder, ends, past_key_values=cache, shared_prefix=cache, use_cache=True)
+    near(found, plain_of(decoder)(torch.cat([prompts.repeat(2, 1), ends], dim=1)).logits[:, 20:])

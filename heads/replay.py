@@ -1,0 +1,198 @@
+"""Replay: a batch of prompts run once and kept, so that an edit restarts where it acts.
+
+An edit at layer l and position p changes nothing below l and, in a causal model, nothing before p. So a sweep
+keeps the residual stream entering each layer and the KV cache of what stands before, and recomputes only the
+rest: all heads of some layers at once, as rows of one batch that grows on its way up. The model's own layers
+are called, outside any trace, with the arguments that they were given in the clean run; no architecture is
+written a second time here. Every replay is checked against the model before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from heads.anatomy import names_of
+from heads.attention import SharedPrefix
+
+
+class ReplayError(RuntimeError):
+    """A model's layers, called one by one, do not give what the model gives."""
+
+
+def projection(model, layer: int) -> torch.nn.Module:
+    """The module of a layer's output projection, whose input is the heads."""
+    return model.layers[layer].attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
+
+
+@contextmanager
+def hooked(*hooks):
+    """Torch hooks for the length of a `with`: (register, function, keywords) each."""
+    with ExitStack() as stack:
+        for register, function, keywords in hooks:
+            stack.callback(register(function, **keywords).remove)
+        yield
+
+
+@contextmanager
+def swapped(module: torch.nn.Module, forward: Callable):
+    """A module that computes something else for the length of a `with`."""
+    kept = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if kept is None:
+            del module.forward
+        else:
+            module.forward = kept
+
+
+def _first(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Replay:
+    """What one clean forward of a batch leaves behind, and the means to go on from any layer.
+
+    Attributes, all of positions `start` and later (`position` below counts from there):
+        resid: per layer, the residual stream entering it, `[prompt, position, d_model]`.
+        z: per layer, the heads, `[prompt, position, head, d_head]`.
+        attn, mlp: per layer, what attention and MLP put out, `[prompt, position, d_model]`, with `keep_parts`.
+        final: the residual stream leaving the last layer at END, `[prompt, d_model]`.
+        logits: at END, `[prompt, vocabulary]`.
+
+    Args:
+        model: a loaded model.
+        ids: `[prompt, position]`, unpadded prompts of one length.
+        start: nothing before this position will be edited; it comes from a KV cache.
+        check: replay once without an edit; a batch that is only read needs none.
+
+    Raises:
+        ReplayError: if replaying without an edit does not give the model's own logits.
+        ValueError: for an encoder.
+    """
+
+    def __init__(self, model, ids: torch.Tensor, start: int = 0, keep_parts: bool = False, check: bool = True):
+        self.model, self.ids, self.start = model, ids.to(model.device), start
+        self.n_layers, self.n_prompts = model.anatomy.n_layers, len(ids)
+        if model.anatomy.encoder:
+            raise ValueError(
+                f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, which has none: "
+                "cut its heads with heads.ablate(...) and read the masked position"
+            )
+        self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
+        self.prefix = self._prefill() if start else None
+        self._run(keep_parts)
+        if check:
+            self.check()
+
+    @torch.no_grad()
+    def _prefill(self) -> DynamicCache:
+        cache = DynamicCache()  # not from the config: sliding layers keep all keys, so that an index is a position
+        self.model._module(input_ids=self.ids[:, : self.start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def cache(self) -> dict:
+        """A fresh KV cache to continue from, as keywords for a layer; it serves one pass."""
+        if self.prefix is None:
+            return {}
+        shared = SharedPrefix(self.prefix)
+        return {"past_key_values": shared, "shared_prefix": shared}
+
+    def _run(self, keep_parts: bool) -> None:
+        model, hooks = self.model, []
+        for i, layer in enumerate(model.layers):
+            hooks.append((layer._module.register_forward_pre_hook, self._keep_call, {"with_kwargs": True}))
+            hooks.append((projection(model, i).register_forward_pre_hook, self._keep_heads, {}))
+            if keep_parts:
+                hooks.append((layer.attn._module.register_forward_hook, lambda m, a, o: self.attn.append(_first(o)), {}))
+                hooks.append((layer.mlp._module.register_forward_hook, lambda m, a, o: self.mlp.append(_first(o)), {}))
+        leaving = []
+        hooks.append((model.layers[-1]._module.register_forward_hook, lambda m, a, o: leaving.append(_first(o)), {}))
+        with torch.no_grad(), hooked(*hooks):
+            out = model._module(
+                input_ids=self.ids[:, self.start :], logits_to_keep=1, use_cache=self.prefix is not None, **self.cache()
+            )
+        self.final, self.logits = leaving[0][:, -1], out.logits[:, -1]
+
+    def _keep_call(self, module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.resid.append(hidden)
+        # Prompts have one length and no padding, so masks and rotary tables are the same in every row.
+        one = lambda x: x[:1] if isinstance(x, torch.Tensor) and x.dim() > 1 else x  # noqa: E731
+        one_of = lambda x: tuple(map(one, x)) if isinstance(x, tuple) else one(x)  # noqa: E731
+        keywords = {k: one_of(v) for k, v in kwargs.items() if k not in ("hidden_states", "shared_prefix")}
+        self.calls.append((tuple(map(one_of, args[1:])), keywords))
+
+    def _keep_heads(self, module, args):
+        self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
+
+    def layer(self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, **more) -> torch.Tensor:
+        """One layer on other rows: `[row, position, d_model]` -> the same.
+
+        Args:
+            hidden: rows in the order (condition, prompt).
+            cache: from `cache()`, the same for all layers of one pass.
+            z: `[row, position, head, d_head]` for the last `len(z)` rows: their heads, instead of what the
+                layer's attention gives.
+            more: keywords that reach the attention call, such as `edit`.
+        """
+        args, kwargs = self.calls[i]
+        # Only this pass's cache: the clean run's would grow. Its name differs between architectures.
+        args = tuple(cache.get("past_key_values") if isinstance(a, Cache) else a for a in args)
+        kwargs = {k: cache.get("past_key_values") if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        if cache:
+            more["shared_prefix"] = cache["shared_prefix"]
+
+        def put(module, inputs):
+            x = inputs[0].clone()
+            x[-len(z) :] = z.flatten(-2)
+            return (x, *inputs[1:])
+
+        hooks = [] if z is None else [(projection(self.model, i).register_forward_pre_hook, put, {})]
+        with torch.no_grad(), hooked(*hooks):
+            return _first(self.model.layers[i]._module(hidden, *args, **kwargs, **more))
+
+    def rows(self, i: int, n: int) -> torch.Tensor:
+        """The clean residual stream entering layer i, once for each of n conditions: `[n * prompt, position, d_model]`."""
+        x = self.resid[i]
+        return x.expand(n, *x.shape).reshape(-1, *x.shape[1:])
+
+    @torch.no_grad()
+    def read(self, hidden: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+        """Logits at END from what leaves the last layer: `[n * prompt, d_model]` -> `[n, prompt, column]`.
+
+        Args:
+            columns: token ids `[prompt, column]`, or None for the whole vocabulary. Only these rows of the
+                unembedding are multiplied, which spares a small model a fifth of its work.
+        """
+        model = self.model
+        x = model.final_norm._module(hidden).view(-1, self.n_prompts, hidden.shape[-1])
+        unembed = model.unembed._module
+        if columns is None:
+            logits = unembed(x)
+        else:
+            columns = columns.to(x.device)
+            logits = torch.einsum("npd,pcd->npc", x, unembed.weight[columns])
+            if unembed.bias is not None:
+                logits = logits + unembed.bias[columns]
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def check(self) -> None:
+        """Replay all layers without an edit, and hold the logits against the model's own."""
+        cache, hidden = self.cache(), self.resid[0]
+        for i in range(self.n_layers):
+            hidden = self.layer(i, hidden, cache)
+        found, wanted = self.read(hidden[:, -1], None)[0].float(), self.logits.float()
+        exact = {torch.float32: 1e-4, torch.float16: 1e-2}.get(self.model._module.dtype, 5e-2)
+        error = (found - wanted).abs().max().item() / max(wanted.abs().max().item(), 1.0)
+        if not error <= exact:
+            raise ReplayError(
+                f"replaying a {self.model.anatomy.family} model layer by layer is off by {error:.1e} of its logits (allowed {exact:g}): "
+                "its layers need something that the clean run did not hand over. Use engine='literal'"
+            )
