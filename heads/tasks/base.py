@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from string import Formatter
 
 import torch
+
+from heads.papers import nearest
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Task:
         return mask
 
 
-def build(model, name: str, items: Iterable[Item], n: int | None = None) -> Task:
+def build(model, name: str, items: Iterable[Item], n: int | None = None, dropped: Iterable[tuple[str, str]] = ()) -> Task:
     """A Task from texts, for the tokenizer at hand.
 
     Items are dropped, with the reason kept in `Task.dropped`, if the answer or a foil is not one token after the
@@ -137,11 +140,12 @@ def build(model, name: str, items: Iterable[Item], n: int | None = None) -> Task
 
     Args:
         n: keep at most so many prompts.
+        dropped: (text, reason) of what was left out before, such as words of more than one token.
 
     Raises:
         ValueError: if no item is left; the message gives the commonest reason.
     """
-    good, dropped = [], []
+    good, dropped = [], list(dropped)
     for item in items:
         try:
             good.append((item, _encode(model.tokenizer, item)))
@@ -163,11 +167,11 @@ def _encode(tokenizer, item: Item):
     """(ids, corrupted ids, answer, foils, roles) of one item; ValueError says why it cannot be used."""
     found = tokenizer(item.prompt, return_offsets_mapping=True)
     ids, offsets = found.input_ids, found.offset_mapping
-    twin = tokenizer(item.corrupted).input_ids
+    continuations = [item.answer, *item.foils]
+    twin, *longer = tokenizer([item.corrupted, *(item.prompt + text for text in continuations)]).input_ids
     if len(twin) != len(ids):
         raise ValueError(f"{len(ids)} tokens, but its corrupted twin has {len(twin)}")
-    answer = one_token(tokenizer, item.prompt, item.answer, ids)
-    foils = [one_token(tokenizer, item.prompt, foil, ids) for foil in item.foils]
+    answer, *foils = [_last(ids, whole, text) for whole, text in zip(longer, continuations)]
     roles = {}
     for role, (start, end) in item.roles.items():
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
@@ -177,10 +181,80 @@ def _encode(tokenizer, item: Item):
     return ids, twin, answer, foils, roles
 
 
-def one_token(tokenizer, prompt: str, continuation: str, ids: list[int] | None = None) -> int:
-    """The single token that a continuation is after this prompt; ValueError if it is not one."""
-    ids = tokenizer(prompt).input_ids if ids is None else ids
-    whole = tokenizer(prompt + continuation).input_ids
+def _last(ids: list[int], whole: list[int], continuation: str) -> int:
     if whole[: len(ids)] != ids or len(whole) != len(ids) + 1:
         raise ValueError(f"{continuation!r} is not one token after its prompt")
     return whole[-1]
+
+
+def one_token(tokenizer, prompt: str, continuation: str) -> int:
+    """The single token that a continuation is after this prompt; ValueError if it is not one."""
+    return _last(*tokenizer([prompt, prompt + continuation]).input_ids, continuation)
+
+
+def single(model, words: Iterable[str], after: str = "\n") -> tuple[list[str], list[tuple[str, str]]]:
+    """The words that are one token after a text, and (word, reason) for the others.
+
+    The words come with their leading space, if they have one. A line break before them keeps apart what some
+    tokenizers treat alike, the start of a text and a space.
+    """
+    kept, dropped = [], []
+    for word in words:
+        try:
+            one_token(model.tokenizer, after, word)
+            kept.append(word)
+        except ValueError:
+            dropped.append((word, f"{len(pieces(model.tokenizer, after, word))} tokens"))
+    return kept, dropped
+
+
+def pieces(tokenizer, prompt: str, continuation: str) -> list[int]:
+    """The tokens that a continuation adds to a prompt."""
+    before, whole = tokenizer([prompt, prompt + continuation]).input_ids
+    same = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), len(before))
+    return whole[same:]
+
+
+def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
+    """`n` items with different prompts from a random source; `make` may return None where a draw fails.
+
+    Raises:
+        ValueError: if `n` is below 1, or so many different prompts do not come up.
+    """
+    count(name, n)
+    found: dict[str, Item] = {}
+    for _ in range(200 + 50 * n):
+        item = make()
+        if item is not None:
+            found.setdefault(item.prompt, item)
+        if len(found) == n:
+            return list(found.values())
+    raise ValueError(f"{name}: {n} different prompts asked for, but only {len(found)} were found: ask for fewer")
+
+
+def count(name: str, n: int | None, available: int | None = None) -> int | None:
+    """`n`, if so many prompts can be had; ValueError otherwise."""
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"{name}: n={n!r} prompts asked for: expected a whole number from 1")
+    if available is not None and n is not None and n > available:
+        raise ValueError(f"{name}: {n} prompts asked for, but there are {available}: ask for at most {available}")
+    return n
+
+
+def known(what: str, name, names: Iterable):
+    """`name`, if it is among `names`; LookupError names the nearest otherwise."""
+    names = list(names)
+    if name not in names:
+        raise LookupError(f"no {what} {name!r}{nearest(name, names)} Known: {', '.join(map(str, names))}")
+    return name
+
+
+def fill(template: str, **parts: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """A template with its {parts} filled in, and where each part stands in characters (its last place)."""
+    text, spans = "", {}
+    for before, key, _, _ in Formatter().parse(template):
+        text += before
+        if key is not None:
+            spans[key] = (len(text), len(text) + len(parts[key]))
+            text += parts[key]
+    return text, spans
