@@ -1,0 +1,127 @@
+"""Small sums: "1+2=3", "4+3=7", ..., "5+2=" -> "7", as in Zhang et al. (2024, arXiv 2409.01659)."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+
+from heads.tasks.base import Item, Task, build, count, fill, known, single
+
+# What computes the result, and the sign, verb and noun that ask for it.
+OPERATIONS = {
+    "addition": (operator.add, "+", "plus", "sum"),
+    "subtraction": (operator.sub, "-", "minus", "difference"),
+    "multiplication": (operator.mul, "*", "times", "product"),
+    "division": (operator.floordiv, "/", "over", "ratio"),
+}
+TEMPLATES = {
+    "symbols": "{a}{operator}{b}=",
+    "question": "Question: What is {a} {operator} {b}? Answer:",
+    "equals": "{a} {operator} {b} equals",
+    "noun": "The {operator} of {a} and {b} is",
+}
+# What stands in the operator's place where nothing is to be calculated.
+NEUTRAL = {"symbols": "&", "question": "and", "equals": "and", "noun": "pair"}
+COUNTERFACTUALS = ("operands", "operator")
+
+
+def arithmetic(model, n: int | None = None, seed: int = 0, operation: str = "addition", template: str = "symbols",
+               shots: int = 4, counterfactual: str = "operands", largest: int = 9) -> Task:  # fmt: skip
+    """Solved examples and one more calculation. Foils are the other numbers that could be an answer.
+
+    A calculation is asked once at most, and neither it nor its twin's is among the examples, in either order. Roles:
+    "operand 1", "operator", "operand 2", "END".
+
+    Args:
+        n: prompts; None for every calculation there is (36 for addition and for subtraction with one digit).
+        operation: a key of `OPERATIONS`. Operands are from 1; division leaves no rest.
+        template: a key of `TEMPLATES`. Where the tokenizer makes a space its own token, the prompt ends with it.
+        shots: solved examples before the question.
+        counterfactual: "operands", a calculation that shares no number with this one (neither operand nor result) where
+            that is possible, and neither an operand in its place nor the result otherwise; or "operator", the
+            same operands with a neutral word or sign in place of every operator, and the examples' results shuffled.
+        largest: the largest number to appear. Answers must be single tokens, so many tokenizers allow 9 only.
+
+    Raises:
+        LookupError: for an unknown operation, template or counterfactual.
+        ValueError: for more prompts or shots than there are calculations.
+    """
+    known("operation", operation, OPERATIONS)
+    known("template of arithmetic", template, TEMPLATES)
+    known("counterfactual of arithmetic", counterfactual, COUNTERFACTUALS)
+    name = f"arithmetic, {operation}"
+    gap, numbers, dropped = _numbers(model, template, largest)
+    problems = _problems(operation, set(numbers))
+    count(name, n, len(problems))
+    if not 0 <= shots <= len(problems) - 4:  # the question, its twin's, and both in the other order are not shown
+        raise ValueError(f"{name}: shots={shots}: {len(problems)} calculations allow 0 to {max(len(problems) - 4, 0)} examples")
+    rng, items = np.random.default_rng(seed), []
+    for i in rng.permutation(len(problems))[:n]:
+        twin = _twin(rng, problems[i], problems)
+        if twin is None:
+            dropped.append((str(problems[i]), "no other calculation differs in both operands and the result"))
+            continue
+        left = [p for p in problems if sorted(p[:2]) not in (sorted(problems[i][:2]), sorted(twin[:2]))]
+        examples = [left[k] for k in rng.choice(len(left), shots, replace=False)]
+        items.append(_item(problems[i], twin, examples, operation, template, counterfactual, gap, numbers))
+    return build(model, name, items, n, dropped)
+
+
+def _numbers(model, template: str, largest: int):
+    """(what stands between a prompt and its answer, the one-token numbers, (number, reason) of the others).
+
+    A space is the prompt's business only if a digit after a space is not one token.
+    """
+    if isinstance(largest, bool) or not isinstance(largest, int) or largest < 3:
+        raise ValueError(f"arithmetic: largest={largest!r}: expected a whole number from 3")
+    texts = [str(i) for i in range(largest + 1)]
+    if template == "symbols":
+        kept, dropped = single(model, texts, "=")
+    else:
+        kept, dropped = single(model, [f" {text}" for text in texts], " is")
+        if not kept:
+            kept, dropped = single(model, texts, " is ")
+    if not kept:
+        raise ValueError("arithmetic: this tokenizer has no one-token digits")
+    gap = " " if template != "symbols" and not kept[0].startswith(" ") else ""
+    return gap, [int(text) for text in kept], [(text.strip(), reason) for text, reason in dropped]
+
+
+def _problems(operation: str, numbers: set[int]) -> list[tuple[int, int, int]]:
+    """(operand, operand, result), all from 1 and among the numbers."""
+    compute = OPERATIONS[operation][0]
+    found = [(a, b, compute(a, b)) for a in sorted(numbers - {0}) for b in sorted(numbers - {0})]
+    return [p for p in found if p[2] >= 1 and p[2] in numbers and (operation != "division" or p[0] % p[1] == 0)]
+
+
+def _twin(rng, problem, problems):
+    """Another calculation: with no number in common if there is one, else no number in the same place."""
+    strict = [p for p in problems if not set(p) & set(problem)]
+    loose = [p for p in problems if all(x != y for x, y in zip(p, problem)) and problem[2] not in p]
+    among = strict or loose
+    return among[rng.integers(len(among))] if among else None
+
+
+def _item(problem, twin, examples, operation, template, counterfactual, gap, numbers) -> Item:
+    _, sign, verb, noun = OPERATIONS[operation]
+    word = {"symbols": sign, "noun": noun}.get(template, verb)
+
+    def text(problem, word):
+        return fill(TEMPLATES[template], a=str(problem[0]), operator=word, b=str(problem[1]))
+
+    space = "" if template == "symbols" else " "
+    results = [str(p[2]) for p in examples]
+    shown = "".join(f"{text(p, word)[0]}{space}{r}\n" for p, r in zip(examples, results))
+    query, spans = text(problem, word)
+    if counterfactual == "operands":
+        corrupted = shown + text(twin, word)[0] + gap
+    else:
+        neutral, moved = NEUTRAL[template], results[1:] + results[:1]
+        shown_twin = "".join(f"{text(p, neutral)[0]}{space}{r}\n" for p, r in zip(examples, moved))
+        corrupted = shown_twin + text(problem, neutral)[0] + gap
+    roles = {role: tuple(len(shown) + i for i in spans[key])
+             for role, key in (("operand 1", "a"), ("operator", "operator"), ("operand 2", "b"))}  # fmt: skip
+    lead = "" if gap or template == "symbols" else " "
+    foils = tuple(f"{lead}{i}" for i in numbers if i != problem[2])
+    return Item(shown + query + gap, f"{lead}{problem[2]}", foils, corrupted, roles)

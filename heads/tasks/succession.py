@@ -1,0 +1,211 @@
+"""Ordered lists: "Monday, Tuesday, Wednesday, Thursday," -> " Friday".
+
+The lists of Gould et al. (2023, arXiv 2312.09230), as prompts and as tokens for scores from weights alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from heads.tasks.base import Item, Task, build, count, known, one_token, single
+
+LISTS = {
+    "numbers": tuple(str(i) for i in range(201)),
+    "number words": tuple(
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+        "nineteen twenty".split()
+    ),
+    "ordinals": tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split()),
+    "days": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
+    "day prefixes": tuple("Mon Tue Wed Thu Fri Sat Sun".split()),
+    "months": tuple(
+        "January February March April May June July August September October November December".split()
+    ),
+    "month prefixes": tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()),
+    "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+}
+CYCLIC = ("days", "day prefixes", "months", "month prefixes")
+# Space before, and case: as in LISTS, or with the first letter's case flipped.
+FORMS = {"space": (" ", False), "bare": ("", False), "space, case flipped": (" ", True), "bare, case flipped": ("", True)}
+CORRUPTIONS = ("window", "shuffled")
+
+
+@dataclass(frozen=True)
+class TokenList:
+    """The one-token items of a list in one surface form.
+
+    Attributes:
+        name, form: keys of `LISTS` and `FORMS`.
+        texts: the items with their leading space, in order; `ids`: `[item]`, their tokens.
+        index: `[item]`, the place of each in the whole list, from 0.
+        pairs: `[pair, 2]`, positions among the items here of an item and its successor.
+    """
+
+    name: str
+    form: str
+    texts: tuple[str, ...]
+    ids: torch.Tensor
+    index: torch.Tensor
+    pairs: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __repr__(self) -> str:
+        return f"TokenList({self.name!r}, {self.form!r}, {len(self)} items, {len(self.pairs)} pairs)"
+
+
+def succession_lists(model, which=None, least: int = 4) -> list[TokenList]:
+    """Every list in every surface form, with the items that are one token.
+
+    Args:
+        which: a key of `LISTS` or several; None for all.
+        least: leave out what has fewer pairs than this.
+
+    Raises:
+        LookupError: for an unknown list.
+    """
+    found = []
+    for name in _names(LISTS if which is None else which):
+        seen = set()
+        for form in FORMS:
+            texts = [_form(item, form) for item in LISTS[name]]
+            if tuple(texts) in seen:  # no case to flip
+                continue
+            seen.add(tuple(texts))
+            made = _token_list(model, name, form, texts)
+            if len(made.pairs) >= max(least, 1):
+                found.append(made)
+    return found
+
+
+def _form(item: str, form: str) -> str:
+    space, flipped = FORMS[form]
+    return space + (item[0].swapcase() + item[1:] if flipped else item)
+
+
+def _token_list(model, name: str, form: str, texts: list[str]) -> TokenList:
+    kept = set(single(model, texts)[0])
+    index = [i for i, text in enumerate(texts) if text in kept]
+    after = {i: (i + 1) % len(texts) if name in CYCLIC else i + 1 for i in index}
+    pairs = [(k, index.index(after[i])) for k, i in enumerate(index) if after[i] in after]
+    ids = [one_token(model.tokenizer, "\n", texts[i]) for i in index]
+    return TokenList(name, form, tuple(texts[i] for i in index), torch.tensor(ids), torch.tensor(index),
+                     torch.tensor(pairs).reshape(-1, 2))  # fmt: skip
+
+
+def _names(which) -> list[str]:
+    return [known("list", name, LISTS) for name in ([which] if isinstance(which, str) else which)]
+
+
+def succession(model, which="days", n: int | None = None, seed: int = 0, length: int = 4, flipped: bool = False,
+               corruption: str = "window") -> Task:  # fmt: skip
+    """`length` items of a list in order, separated by commas; the answer is the next one.
+
+    Foils are the other items of the list (in a task of several lists, as many as the shortest allows, those
+    nearest to the answer first), so that accuracy among options is accuracy within the list. Where the tokenizer
+    makes a space before a digit its own token, prompts end with it. Roles: "element 1", "element 2", ..., "last" (the
+    last element), "END".
+
+    Args:
+        which: a key of `LISTS` or several. Prompts of a task are equally long, so digits may not mix with words.
+        n: prompts, drawn by `seed`; None for every window there is.
+        flipped: with the case of each first letter flipped.
+        corruption: "window" is another stretch of the same list with another successor; "shuffled" has other items of the
+            list before the same last element, and nothing in it follows its predecessor.
+
+    Raises:
+        LookupError: for an unknown list or corruption.
+        ValueError: if no window can be used, or there are fewer than `n`.
+    """
+    known("corruption of succession", corruption, CORRUPTIONS)
+    if length < 2:
+        raise ValueError(f"succession: length={length}: a succession shows itself in two elements at least")
+    names, rng, dropped, windows = _names(which), np.random.default_rng(seed), [], []
+    title = f"succession, {' and '.join(names)}"
+    for name in names:
+        found, left = _windows(model, name, length, flipped)
+        windows, dropped = windows + found, dropped + left
+    commonest = Counter(w.tokens for w in windows).most_common(1)[0][0] if windows else 0
+    dropped += [(w.prompt, f"{w.tokens} tokens, most have {commonest}") for w in windows if w.tokens != commonest]
+    windows = [w for w in windows if w.tokens == commonest]
+    if not windows:
+        raise ValueError(f"{title}: no {length + 1} neighbours are one token each with this tokenizer")
+    count(title, n, len(windows))
+    width, items = min(len(w.items) for w in windows) - 1, []
+    for i in rng.permutation(len(windows))[:n]:
+        w = windows[i]
+        twin = _other(rng, w, windows) if corruption == "window" else _shuffled(model, rng, w)
+        if twin is None:
+            dropped.append((w.prompt, f"no twin of corruption {corruption!r}"))
+        else:
+            items.append(Item(w.prompt, w.gapless(w.answer), w.foils(width), twin, w.roles))
+    return build(model, title, items, n, dropped)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A stretch of a list: its elements, the successor, and the one-token items of the list by place."""
+
+    name: str
+    elements: tuple[int, ...]
+    answer: int
+    items: dict[int, str]
+    gap: str
+    tokens: int = 0
+
+    def text(self, elements) -> str:
+        return ", ".join(self.items[i] for i in elements) + "," + self.gap
+
+    @property
+    def prompt(self) -> str:
+        return self.text(self.elements)
+
+    @property
+    def roles(self) -> dict[str, tuple[int, int]]:
+        ends = np.cumsum([len(self.items[i]) + 2 for i in self.elements]) - 2
+        names = [f"element {k + 1}" for k in range(len(self.elements) - 1)] + ["last"]
+        return {role: (int(end) - len(self.items[i]), int(end)) for role, end, i in zip(names, ends, self.elements)}
+
+    def gapless(self, i: int) -> str:
+        """An item as it continues the prompt."""
+        return self.items[i] if self.gap else f" {self.items[i]}"
+
+    def foils(self, width: int) -> tuple[str, ...]:
+        others = sorted((i for i in self.items if i != self.answer), key=lambda i: (abs(i - self.answer), i))
+        return tuple(self.gapless(i) for i in others[:width])
+
+
+def _windows(model, name: str, length: int, flipped: bool) -> tuple[list[_Window], list[tuple[str, str]]]:
+    texts = [_form(item, "bare, case flipped" if flipped else "bare") for item in LISTS[name]]
+    (kept, dropped), gap = single(model, [f" {text}" for text in texts], ","), ""
+    if not kept and texts[0].isdigit():
+        (kept, dropped), gap = single(model, texts, ", "), " "
+    items = {i: text for i, text in enumerate(texts) if (text if gap else f" {text}") in kept}
+    starts = range(len(texts) if name in CYCLIC else len(texts) - length)
+    runs = [[(start + k) % len(texts) for k in range(length + 1)] for start in starts]
+    found = [_Window(name, tuple(run[:-1]), run[-1], items, gap) for run in runs if items.keys() >= set(run)]
+    found = [replace(w, tokens=len(model.tokenizer(w.prompt).input_ids)) for w in found]
+    return found, [(text.strip(), reason) for text, reason in dropped]
+
+
+def _other(rng, window: _Window, windows: list[_Window]) -> str | None:
+    others = [w for w in windows if w.name == window.name and w.answer != window.answer]
+    return others[rng.integers(len(others))].prompt if others else None
+
+
+def _shuffled(model, rng, window: _Window, tries: int = 200) -> str | None:
+    """Random items before the same last element; nothing follows its predecessor, and the answer is not there."""
+    *before, last = window.elements
+    size = len(LISTS[window.name])
+    left = [i for i in window.items if i not in (last, window.answer)]
+    for _ in range(tries):
+        order = [*rng.choice(left, len(before), replace=False).tolist(), last]
+        in_order = any((a + 1) % size == b for a, b in zip(order, order[1:]))
+        if not in_order and len(model.tokenizer(window.text(order)).input_ids) == window.tokens:
+            return window.text(order)
+    return None
