@@ -1,0 +1,184 @@
+"""Word tasks from examples: "Q: France\\nA: Paris\\n\\nQ: Japan\\nA:" -> " Tokyo".
+
+The kind of task of Todd et al. (2023, arXiv 2310.15213), in their format; the words are this project's (data/words.md).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from heads.papers import root
+from heads.tasks.base import Item, Task, build, count, known, pieces
+
+LABELS = ("right", "shuffled")
+SPLITS = ("train", "test")
+
+
+@cache
+def _data() -> dict[str, dict]:
+    lines = (root() / "data" / "words.jsonl").read_text().splitlines()
+    return {row["task"]: row for row in map(json.loads, lines)}
+
+
+def word_tasks(family: str | None = None) -> list[str]:
+    """Names of the word tasks, all or of one family. LookupError for an unknown family."""
+    if family is not None:
+        known("family of word tasks", family, dict.fromkeys(row["family"] for row in _data().values()))
+    return [name for name, row in _data().items() if family in (None, row["family"])]
+
+
+def word_pairs(name: str, split: str | None = None) -> list[tuple[str, str]]:
+    """The pairs of a word task as plain text.
+
+    Args:
+        split: "train" (60 %), "test", or None for all: an even cut through the pairs in the order of a checksum.
+
+    Raises:
+        LookupError: for an unknown task or split, naming the nearest.
+    """
+    known("word task", name, _data())
+    if split is not None:
+        known("split", split, SPLITS)
+    pairs = [(x, y) for x, y in _data()[name]["pairs"]]
+    order = sorted(pairs, key=lambda pair: zlib.crc32(f"{name}: {pair[0]}".encode()))
+    train = set(order[: round(0.6 * len(order))])
+    return [pair for pair in pairs if split is None or (pair in train) == (split == "train")]
+
+
+def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5, split: str | None = None, foils: int = 1,
+          labels: str = "right", seen: bool = False, partial: bool = False, instruction: bool = False) -> Task:  # fmt: skip
+    """Examples of a word task and one more question.
+
+    The twin asks for another word after the same examples; its answer is the first foil. Neither question is among the
+    examples, nor is either answer. Roles: "example 1", "label 1", ... (question and answer of each example), "query"
+    (the word asked for), "END".
+
+    Args:
+        name: one of `word_tasks()`.
+        n: prompts, all different; None to ask each word once.
+        shots: examples, drawn anew for every prompt; 0 for the question alone.
+        split: where questions come from, "train" or "test"; examples then come from "train". None mixes both.
+        foils: how many; the others are answers of other questions.
+        labels: "shuffled" moves the examples' answers on by one, so that none is right.
+        seen: let examples have the answer, too: for tasks of few answers, such as continents.
+        partial: ask also for answers of several tokens, by their first one, where no other answer of the task
+            starts with it; examples all have answers of the commonest length. Most translations need it.
+        instruction: begin with a sentence that says what to do.
+
+    Raises:
+        LookupError: for an unknown task, split or kind of labels.
+        ValueError: if this tokenizer leaves too few pairs.
+    """
+    known("labels", labels, LABELS)
+    title = f"words, {name}"
+    asked, dropped = _usable(model, word_pairs(name, split), partial)
+    shown = asked if split != "test" else _usable(model, word_pairs(name, "train"), partial)[0]
+    lengths = Counter(pair.tokens for pair in shown)
+    shown = [pair for pair in shown if pair.tokens == lengths.most_common(1)[0][0]]
+    if not 0 <= shots <= len(shown) - 2 or len(asked) < 2:
+        raise ValueError(
+            f"{title}: this tokenizer leaves {len(asked)} pairs to ask and {len(shown)} to show, too few for {shots} examples"
+            + ("" if partial else "; partial=True adds answers of several tokens")
+        )
+    if labels == "shuffled" and shots < 2:
+        raise ValueError(f"{title}: labels of {shots} examples cannot be shuffled: give at least 2")
+    count(title, n, None if shots else len(asked))
+    draw = _Draw(np.random.default_rng(seed), asked, shown, shots, foils, labels, seen,
+                 f"{_data()[name]['instruction']}\n\n" if instruction else "")  # fmt: skip
+    items, wanted = {}, n or len(asked)
+    for _ in range(1 if n is None else 20 + wanted // len(asked)):  # every word once before one comes again
+        for i in draw.rng.permutation(len(asked)):
+            try:
+                item = draw.item(asked[i])
+            except ValueError as reason:
+                dropped.append((str(asked[i]), str(reason)))
+            else:
+                if len(items) < wanted:
+                    items.setdefault(item.prompt, item)
+        if len(items) == wanted:
+            break
+    task = build(model, title, items.values(), n, dict.fromkeys(dropped))
+    if n is not None and len(task) < n:
+        raise ValueError(f"{title}: {n} different prompts asked for, but only {len(task)} can be made: ask for fewer")
+    return task
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A question, its answer, the answer's number of tokens, and the text of its first one with its space."""
+
+    x: str
+    y: str
+    tokens: int
+    piece: str
+
+    def __str__(self) -> str:
+        return f"{self.x}: {self.y}"
+
+
+def _usable(model, pairs, partial: bool) -> tuple[list[_Pair], list[tuple[str, str]]]:
+    """Pairs whose question is one token and whose answer can be told by one, and (pair, reason) of the others."""
+    cut, found, dropped = lambda lead, word: pieces(model.tokenizer, lead, f" {word}"), [], []
+    answers = {y: cut("A:", y) for _, y in pairs}
+    first = Counter(ids[0] for ids in answers.values())
+    for x, y in pairs:
+        asked, ids = len(cut("Q:", x)), answers[y]
+        if asked > 1:
+            dropped.append((f"{x}: {y}", f"the question is {asked} tokens"))
+        elif len(ids) > 1 and not partial:
+            dropped.append((f"{x}: {y}", f"the answer is {len(ids)} tokens"))
+        elif partial and first[ids[0]] > 1:
+            dropped.append((f"{x}: {y}", "another answer starts with the same token"))
+        else:
+            found.append(_Pair(x, y, len(ids), model.tokenizer.decode(ids[:1])))
+    return found, dropped
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How prompts of one task are drawn."""
+
+    rng: np.random.Generator
+    asked: list[_Pair]
+    shown: list[_Pair]
+    shots: int
+    foils: int
+    labels: str
+    seen: bool
+    head: str
+
+    def item(self, query: _Pair) -> Item:
+        """A prompt for one question; ValueError where the pairs are too few for it."""
+        twins = [pair for pair in self.asked if pair.y != query.y]
+        if not twins:
+            raise ValueError("no other question has another answer")
+        twin = twins[self.rng.integers(len(twins))]
+        answers = {query.y, twin.y}
+        fit = [pair for pair in self.shown if pair.x not in {query.x, twin.x, *answers} and (self.seen or pair.y not in answers)]
+        if len(fit) < self.shots:
+            raise ValueError(f"{len(fit)} examples left that do not give the answer away, {self.shots} needed")
+        examples = [fit[k] for k in self.rng.choice(len(fit), self.shots, replace=False)]
+        others = sorted({pair.piece for pair in self.asked} - {query.piece, twin.piece})
+        if self.foils < 1 or len(others) < self.foils - 1:
+            raise ValueError(f"foils={self.foils}: between 1 and {len(others) + 1} answers can be foils")
+        more = self.rng.choice(others, self.foils - 1, replace=False).tolist() if self.foils > 1 else []
+        prompt, roles = self._text(query, examples)
+        return Item(prompt, query.piece, (twin.piece, *more), self._text(twin, examples)[0], roles)
+
+    def _text(self, query: _Pair, examples: list[_Pair]) -> tuple[str, dict[str, tuple[int, int]]]:
+        text, roles, answers = self.head, {}, [pair.y for pair in examples]
+        if self.labels == "shuffled":
+            answers = answers[1:] + answers[:1]
+        for k, (pair, answer) in enumerate(zip(examples, answers), start=1):
+            roles[f"example {k}"] = (len(text) + 3, len(text) + 3 + len(pair.x))
+            text += f"Q: {pair.x}\nA: "
+            roles[f"label {k}"] = (len(text), len(text) + len(answer))
+            text += f"{answer}\n\n"
+        roles["query"] = (len(text) + 3, len(text) + 3 + len(query.x))
+        return f"{text}Q: {query.x}\nA:", roles
