@@ -14,6 +14,12 @@ _HOME = {
     "random_heads": "scores",
     "ablate": "ablation",
     "head_means": "ablation",
+    "ablation_scores": "sweep",
+    "patching_scores": "sweep",
+    "path_scores": "paths",
+    "path_effect": "paths",
+    "Effects": "effects",
+    "evaluate": "metrics",
     "Conditions": "decode",
     "decode_batch": "decode",
     "decode_rows": "decode",
@@ -24,7 +30,7 @@ _HOME = {
     "rouge1_recall": "retrieval",
     "token_f1": "tasks.facts",
 }
-_MODULES = ("anatomy", "checks", "models", "papers", "plot", "tasks")
+_MODULES = ("anatomy", "checks", "metrics", "models", "papers", "plot", "tasks")
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

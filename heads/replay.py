@@ -131,7 +131,7 @@ class Replay:
     def _keep_heads(self, module, args):
         self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
 
-    def layer(self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, **more) -> torch.Tensor:
+    def layer(self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, **more) -> torch.Tensor:
         """One layer on other rows: `[row, position, d_model]` -> the same.
 
         Args:
@@ -139,9 +139,10 @@ class Replay:
             cache: from `cache()`, the same for all layers of one pass.
             z: `[row, position, head, d_head]` for the last `len(z)` rows: their heads, instead of what the
                 layer's attention gives.
+            call: (arguments, keywords) for the layer, instead of those of the clean run.
             more: keywords that reach the attention call, such as `edit`.
         """
-        args, kwargs = self.calls[i]
+        args, kwargs = call or self.calls[i]
         # Only this pass's cache: the clean run's would grow. Its name differs between architectures.
         args = tuple(cache.get("past_key_values") if isinstance(a, Cache) else a for a in args)
         kwargs = {k: cache.get("past_key_values") if isinstance(v, Cache) else v for k, v in kwargs.items()}

@@ -1,0 +1,367 @@
+"""Path patching: what a sender does to a receiver along the direct path, other heads held still.
+
+The semantics of Wang et al. 2022 (arXiv 2211.00593, section 3.1). Base x, source x':
+
+    A   run x', keep what the senders write
+    B   run x, keep what every head writes
+    C   run x with every head held at its value of B, senders at their value of A; read the receivers' inputs
+    D   run x with only the receivers' inputs forced to what C read, everything else recomputed; read the metric
+
+For the logits as receiver, C is the end. MLPs and norms are recomputed ("recompute": a path may pass MLPs) or held
+too ("freeze": the skip connection alone).
+
+Two engines, equal to float tolerance. "literal" runs the passes as they stand. "fast" uses that with all heads held
+still, positions no longer interact: pass C is a single column of the residual stream, replayed upwards from the sender,
+and pass D restarts at the first receiver with everything before it from a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import nnsight
+import torch
+from tqdm import tqdm
+
+from heads.anatomy import output_projection
+from heads.effects import Effects
+from heads.metrics import Metric, logit_difference
+from heads.metrics import metric as named
+from heads.replay import Replay, ReplayError, hooked, swapped
+from heads.sweep import _columns, chunks, room
+from heads.tasks.base import Task
+
+COMPONENTS = ("q", "k", "v")
+MLPS = ("recompute", "freeze")
+SCANS = ("earliest", "last")
+ENGINES = ("auto", "fast", "literal")
+MLP = "mlp"  # a sender (layer, MLP) is that layer's MLP
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which way an effect may go.
+
+    Args:
+        receivers: heads that read the effect; none: the logits.
+        component: which of their inputs. Under grouped queries a key or value belongs to a group of heads, and
+            the whole group receives.
+        position: the role where senders write and receivers read. With other heads held still nothing moves between
+            positions, so it is one role: "END" for the logits and for queries at END, the key's own role for k and v.
+        mlps: "recompute" or "freeze".
+    """
+
+    receivers: tuple[tuple[int, int], ...] = ()
+    component: str = "q"
+    position: str = "END"
+    mlps: str = "recompute"
+
+    def check(self, model, task: Task) -> Route:
+        for what, value, known in (("component", self.component, COMPONENTS), ("mlps", self.mlps, MLPS)):
+            if value not in known:
+                raise ValueError(f"{what}={value!r}: expected one of {', '.join(known)}")
+        if self.position not in task.roles:
+            task.at(self.position)  # raises, naming the roles
+            raise ValueError(f"path patching acts at one position per prompt: a role, not {self.position!r}")
+        if not self.receivers and self.position != "END":
+            raise ValueError(
+                f"with all heads held still, nothing written at {self.position} reaches the logits at END: "
+                "use position='END', or give receivers that carry it there"
+            )
+        if model.anatomy.encoder:
+            raise ValueError(f"path patching needs a causal model, {model.anatomy.family} is an encoder")
+        return self
+
+    def units(self, model, layer: int) -> list[int]:
+        """Which heads, or for keys and values which groups, of a layer receive."""
+        group = 1 if self.component == "q" else model.anatomy.n_heads // model.anatomy.n_kv_heads
+        return sorted({head // group for at, head in self.receivers if at == layer})
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for layer, _ in self.receivers})
+
+
+def path_scores(model, task: Task, receivers=(), component: str = "q", *, position: str = "END", mlps: str = "recompute",
+                scan: str = "earliest", mlp_senders: bool = False, metric: str | Metric = logit_difference,
+                engine: str = "auto", batch: int = 16, tokens: int | None = None, progress: bool = True) -> Effects:  # fmt: skip
+    """Path patching with every head, one at a time, as the sender.
+
+    Args:
+        receivers, component, position, mlps: as in `Route`.
+        scan: "earliest": senders below the first receiver layer only, as the code of Merullo et al. does. "last": all
+            below the last one. Heads that are no senders score 0, receivers among them.
+        mlp_senders: MLPs send as well; they come as `Effects.mlps`.
+        engine: "fast", "literal", or "auto": fast, and literal for a model that the fast one refuses.
+        batch: prompts at a time; tokens: rows in one forward.
+
+    Returns:
+        Effects: metric after patching minus metric of the base run; `source` is the metric on the corrupted prompts, so
+        that `normalised()` is the score of Wang et al.
+
+    Raises:
+        ValueError, LookupError, IndexError: for what cannot be meant, before any forward pass.
+    """
+    if scan not in SCANS or engine not in ENGINES:
+        raise ValueError(f"scan={scan!r}, engine={engine!r}: expected one of {SCANS} and one of {ENGINES}")
+    route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
+    top = model.anatomy.n_layers
+    if receivers:
+        top = route.layers[0] if scan == "earliest" else route.layers[-1]
+    kinds = [*range(model.anatomy.n_heads), *([MLP] if mlp_senders else [])]
+    sets = [((layer, head),) for layer in range(top) for head in kinds if (layer, head) not in route.receivers]
+    if not sets:
+        raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
+    base, source, samples = _patched(model, task, sets, route, named(metric), engine, batch, tokens, progress)
+    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads)
+    mlp = torch.zeros(len(task), model.anatomy.n_layers) if mlp_senders else None
+    for row, ((layer, head),) in enumerate(sets):
+        if head == MLP:
+            mlp[:, layer] = samples[row]
+        else:
+            table[:, layer, head] = samples[row]
+    return Effects(table, base, source, f"change of {named(metric).name}", mlps=mlp)
+
+
+def path_effect(model, task: Task, senders, receivers=(), component: str = "q", *, position: str = "END",
+                mlps: str = "recompute", metric: str | Metric = logit_difference, engine: str = "auto", batch: int = 16) -> torch.Tensor:  # fmt: skip
+    """Path patching with a set of senders at once: the change of the metric, `[prompt]`.
+
+    Args:
+        senders: heads (layer, head), and MLPs as (layer, "mlp").
+
+    Raises:
+        ValueError: a head that is sender and receiver, or a sender not below any receiver.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r}: expected one of {ENGINES}")
+    route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
+    plain = [(layer, 0 if head == MLP else head) for layer, head in senders]
+    model.anatomy.check(plain)
+    if not plain:
+        raise ValueError("no senders: give (layer, head) pairs, or (layer, 'mlp')")
+    if both := set(route.receivers) & set(senders):
+        raise ValueError(f"head {min(both)} is sender and receiver: a path leads from one head to another")
+    if receivers and (above := [s for s in senders if s[0] >= route.layers[-1]]):
+        raise ValueError(f"sender {above[0]} is not below any receiver (the last is in layer {route.layers[-1]}): a path goes upwards")
+    return _patched(model, task, [tuple(sorted(senders, key=str))], route, named(metric), engine, batch, None, False)[2][0]
+
+
+def _patched(model, task, sets, route, metric, engine, batch, tokens, progress):
+    """(base `[prompt]`, source `[prompt]`, change `[set, prompt]`) of the metric, whichever engine."""
+    found = []
+    bar = tqdm(total=len(task) * len(sets), desc="path patching", unit="path", disable=None if progress else True)
+    for part in task.batches(batch):
+        try:
+            run = literal if engine == "literal" else fast
+            found.append(run(model, part, sets, route, metric, tokens, bar))
+        except ReplayError as error:
+            if engine == "fast":
+                raise
+            tqdm.write(f"{error}; this takes longer")
+            engine = "literal"
+            found.append(literal(model, part, sets, route, metric, tokens, bar))
+    bar.close()
+    base, source, values = ([x[k] for x in found] for k in range(3))
+    return torch.cat(base), torch.cat(source), torch.cat(values, -1).float().cpu()
+
+
+# ---- the fast engine ----------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    """The receivers' inputs have been read: the rest of the attention is not needed."""
+
+
+class Columns:
+    """The column of the residual stream at one position per prompt, with all heads held still.
+
+    Caches `[prompt, ...]` at that position from the clean run and from the corrupted one.
+    """
+
+    def __init__(self, clean: Replay, source: Replay, at: torch.Tensor, route: Route):
+        self.clean, self.route, self.at = clean, route, at
+        pick = lambda parts: [x[torch.arange(len(at)), at] for x in parts]  # noqa: E731
+        self.resid, self.attn, self.mlp = pick(clean.resid), pick(clean.attn), pick(clean.mlp)
+        self.change = [b - a for a, b in zip(pick(clean.z), pick(source.z))]  # z' - z, [prompt, head, d_head]
+        self.other_mlp = pick(source.mlp)
+
+    def attention_output(self, layer: int, sets: list) -> torch.Tensor:
+        """What the layer's attention puts out for each set of senders, `[set, prompt, d_model]`."""
+        anatomy = self.clean.model.anatomy
+        weight = output_projection(self.clean.model, layer).view(anatomy.n_heads, anatomy.d_head, -1)
+        out = self.attn[layer].expand(len(sets), *self.attn[layer].shape).clone()
+        for row, senders in enumerate(sets):
+            for at, head in senders:
+                if at == layer and head != MLP:
+                    out[row] += self.change[layer][:, head] @ weight[head]
+        return out
+
+    def climb(self, sets: list, top: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Pass C for many sets of senders, sorted by their lowest layer.
+
+        Returns:
+            The column leaving layer `top` - 1, `[set * prompt, d_model]`, and for each receiver layer what C reads:
+            `[set, prompt, unit, d_head]` for the sets that start below it (they come first).
+        """
+        starts = [min(layer for layer, _ in senders) for senders in sets]
+        n, hidden, inputs = len(self.at), self.resid[0][:0, None], {}
+        for i in range(starts[0], top):
+            new = starts.count(i)
+            hidden = torch.cat([hidden.to(self.resid[i].device), self.resid[i].repeat(new, 1)[:, None]])
+            if i in self.route.layers and len(hidden) > new * n:
+                inputs[i] = self._receive(i, hidden[: len(hidden) - new * n])
+            hidden = self._layer(i, hidden, sets[: len(hidden) // n])
+        if top in self.route.layers:
+            inputs[top] = self._receive(top, hidden)
+        return hidden[:, 0], inputs
+
+    def _layer(self, i: int, hidden: torch.Tensor, sets: list) -> torch.Tensor:
+        """One layer with its attention held at what `sets` make of it; MLP recomputed or held."""
+        layer = self.clean.model.layers[i]
+        attn = self.attention_output(i, sets).flatten(0, 1)[:, None]
+        senders = [row for row, chosen in enumerate(sets) if (i, MLP) in chosen]
+
+        def put(out):
+            out = out.view(len(sets), *self.mlp[i].shape).clone()
+            out[senders] = self.other_mlp[i]
+            return out.view(attn.shape)
+
+        with ExitStack() as stack:
+            stack.enter_context(swapped(layer.attn._module, lambda *args, **kwargs: (attn, None)))
+            if self.route.mlps == "freeze":
+                held = put(self.mlp[i].repeat(len(sets), 1))
+                stack.enter_context(swapped(layer.mlp._module, lambda *args, **kwargs: held))
+            elif senders:
+                stack.enter_context(hooked((layer.mlp._module.register_forward_hook, lambda m, a, out: put(out), {})))
+            return self.clean.layer(i, hidden, {})
+
+    def _receive(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The receivers' queries, keys or values in a column: `[set, prompt, unit, d_head]`."""
+        component, units, kept = COMPONENTS.index(self.route.component), self.route.units(self.clean.model, i), []
+
+        def keep(*qkv):
+            kept.append(qkv[component][:, units, 0])  # [row, unit, d_head]
+            raise _Stop
+
+        args, kwargs = self.clean.calls[i]
+        n = len(hidden) // len(self.at)
+        if tables := kwargs.get("position_embeddings"):  # rotary tables of each prompt's own position
+            kwargs = {"position_embeddings": tuple(x[0, self.at].repeat(n, 1)[:, None] for x in tables)}
+            kwargs = {**self.clean.calls[i][1], **kwargs}
+        try:
+            self.clean.layer(i, hidden, {}, call=(args, kwargs), edit=keep)
+        except _Stop:
+            return kept[0].view(n, len(self.at), *kept[0].shape[1:])
+        raise ReplayError(f"layer {i} never called its attention")
+
+
+def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens, bar):
+    """The column engine for one batch of prompts."""
+    positions = part.roles[route.position]
+    start = int(positions.min())
+    clean = Replay(model, part.ids, start, keep_parts=True)
+    source = Replay(model, part.corrupted, start, keep_parts=True, check=False)
+    columns = metric.columns(part)
+    reference = _columns(clean.logits, columns)
+    base = metric(reference, part, reference).cpu()
+    order = sorted(range(len(sets)), key=lambda k: min(layer for layer, _ in sets[k]))
+    column = Columns(clean, source, (positions - start).to(model.device), route)
+    values = torch.empty(len(sets), len(part))
+    for group in chunks(order, room(model, 1, len(part), tokens)):
+        chosen = [sets[k] for k in group]
+        if route.receivers:
+            hidden = _receive_and_run(clean, column, column.climb(chosen, route.layers[-1])[1], len(group), route, tokens)
+        else:
+            hidden = column.climb(chosen, model.anatomy.n_layers)[0]
+        values[group] = metric(clean.read(hidden, columns), part, reference).cpu() - base
+        bar.update(len(group) * len(part))
+    return base, metric(_columns(source.logits, columns), part, reference).cpu(), values
+
+
+def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route: Route, tokens) -> torch.Tensor:
+    """Pass D: from the first receiver layer up, with the receivers' inputs forced. `[set * prompt, d_model]` at END."""
+    first, last, which = route.layers[0], clean.n_layers, COMPONENTS.index(route.component)
+    prompts, found = torch.arange(clean.n_prompts, device=column.at.device), []
+
+    def forcing(i: int, forced: torch.Tensor) -> Callable:
+        """Put `forced`, `[set, prompt, unit, d_head]`, into its first rows."""
+        units = torch.tensor(route.units(clean.model, i), device=column.at.device)
+
+        def edit(*qkv):
+            x = qkv[which].clone()
+            rows = x.view(-1, clean.n_prompts, *x.shape[1:])[: len(forced)]  # [set, prompt, unit, position, d_head]
+            rows[:, prompts[:, None], units[None], column.at[:, None]] = forced
+            return (*qkv[:which], x, *qkv[which + 1 :])
+
+        return edit
+
+    size = room(clean.model, clean.resid[0].shape[1], clean.n_prompts, tokens)
+    for chosen in chunks(list(range(n)), size):
+        hidden, cache = clean.rows(first, len(chosen)), clean.cache()
+        for i in range(first, last):
+            forced = inputs[i][chosen[0] : chosen[-1] + 1] if i in inputs else ()
+            hidden = clean.layer(i, hidden, cache, **({"edit": forcing(i, forced)} if len(forced) else {}))
+        found.append(hidden[:, -1])
+    return torch.cat(found)
+
+
+# ---- the literal engine -------------------------------------------------------------------
+
+
+def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens, bar):
+    """Passes A to D as they are defined, one set of senders at a time, through nnsight: the oracle."""
+    ids, rows, at = part.ids.to(model.device), torch.arange(len(part)), part.roles[route.position]
+    columns = metric.columns(part)
+    z_source, mlp_source, logits_source = _record(model, part.corrupted.to(model.device))
+    z_base, mlp_base, logits_base = _record(model, ids)
+    reference = _columns(logits_base, columns)
+    base, values = metric(reference, part, reference).cpu(), []
+    for senders in sets:
+        z, m = [x.clone() for x in z_base], [x.clone() for x in mlp_base]
+        for layer, head in senders:
+            if head == MLP:
+                m[layer][rows, at] = mlp_source[layer][rows, at]
+            else:
+                z[layer][rows, at, head] = z_source[layer][rows, at, head]
+        held = range(model.anatomy.n_layers) if route.mlps == "freeze" else [layer for layer, head in senders if head == MLP]
+        logits = _pass_c(model, ids, z, m, held, route, rows, at)
+        values.append(metric(_columns(logits, columns), part, reference).cpu() - base)
+        bar.update(len(part))
+    return base, metric(_columns(logits_source, columns), part, reference).cpu(), torch.stack(values)
+
+
+def _record(model, ids):
+    """z of all heads and MLP outputs, per layer, and the logits at END."""
+    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
+        z, mlp = nnsight.save([]), nnsight.save([])
+        for layer in model.layers:
+            z.append(layer.attn.heads.clone())
+            mlp.append(layer.mlp.output.clone())
+        logits = model.logits[:, -1].save()
+    return z, mlp, logits
+
+
+def _pass_c(model, ids, z, mlp, held, route, rows, at):
+    """Everything forced to `z` (and MLPs in `held` to `mlp`); for receivers, pass D on what they read."""
+    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
+        read = nnsight.save([])
+        for i, layer in enumerate(model.layers):
+            if i in route.layers:  # before the heads are forced
+                read.append(getattr(layer.attn, route.component).clone())
+            layer.attn.heads = z[i]
+            if i in held:
+                layer.mlp.output[rows, at] = mlp[i][rows, at]
+        logits = model.logits[:, -1].save()
+    if not route.receivers:
+        return logits
+    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
+        for i, new in zip(route.layers, read):
+            view, units = getattr(model.layers[i].attn, route.component), route.units(model, i)
+            view[rows[:, None], at[:, None], torch.tensor(units)] = new[rows[:, None], at[:, None], torch.tensor(units)]
+            if route.component != "q":
+                setattr(model.layers[i].attn, route.component, view)
+        logits = model.logits[:, -1].save()
+    return logits

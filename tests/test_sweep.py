@@ -1,0 +1,145 @@
+"""Sweeps equal the naive loop: one head, one forward, edited by a hook on plain transformers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODERS, plain_of, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import heads
+from heads import metrics
+from heads.replay import Replay, ReplayError
+from heads.sweep import KINDS
+from heads.tasks import Task
+
+
+def toy(model, prompts: int = 5, length: int = 10, seed: int = 0) -> Task:
+    """Random prompts whose twins differ at two positions, and a role that moves."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 200, (prompts, length), generator=random)
+    corrupted = ids.clone()
+    corrupted[:, 4] += 3
+    corrupted[:, 6] += 5
+    role = torch.randint(4, 8, (prompts,), generator=random)
+    return Task("toy", ids, ids[:, 0] + 1, torch.stack([ids[:, 1] + 40, ids[:, 2] + 45], 1), corrupted, {"S": role})
+
+
+def naive(model, task, kind, positions, metric=metrics.logit_difference):
+    """Every head by itself, whole prompts, whole vocabulary: `[prompt, layer, head]`, and the base `[prompt]`."""
+    plain, where, twin = plain_of(model), task.at(positions), plain_of(model).z(task.corrupted)
+    read = lambda logits: metric(logits[:, -1] if metric.whole else logits[:, -1].gather(-1, metric.columns(task)), task, clean[:, -1])  # noqa: E731
+    clean = plain(task.ids).logits
+    base, out = read(clean), torch.zeros(len(task), plain.n_layers, plain.n_heads)
+    for layer in range(plain.n_layers):
+        new = {"zero": torch.zeros_like(twin[layer]), "mean": twin[layer].mean(0, keepdim=True).expand_as(twin[layer]),
+               "counterfactual": twin[layer]}[kind]  # fmt: skip
+        for head in range(plain.n_heads):
+
+            def cut(at, z):
+                if at != layer:
+                    return None
+                z[..., head, :] = torch.where(where[..., None], new[..., head, :], z[..., head, :])
+                return z
+
+            with plain.edited(cut):
+                out[:, layer, head] = read(plain(task.ids).logits) - base
+    return out, base
+
+
+@pytest.mark.parametrize("positions", ["all", "END", "S"])
+@pytest.mark.parametrize("kind", ["zero", "mean", "counterfactual"])
+def test_a_sweep_equals_cutting_one_head_after_the_other(decoder, kind, positions):
+    task = toy(decoder)
+    found = heads.ablation_scores(decoder, task, kind, positions, batch=2, tokens=30, progress=False)
+    if kind == "mean":  # the reference is the whole task's, however it is batched
+        assert len(task) > 2
+    wanted, base = naive(decoder, task, kind, positions)
+    np.testing.assert_allclose(found.samples, wanted, atol=2e-5)
+    np.testing.assert_allclose(found.base, base, atol=2e-5)
+    assert np.abs(wanted).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["accuracy among options", "accuracy", "probability", "log-probability", "KL from the base run", "answer logit"])
+def test_every_metric_reads_the_same_logits(llama, name):
+    task, metric = toy(llama), metrics.metric(name)
+    found = heads.ablation_scores(llama, task, "zero", "END", metric, progress=False)
+    np.testing.assert_allclose(found.samples, naive(llama, task, "zero", "END", metric)[0], atol=2e-5)
+
+
+def test_resampling_takes_another_prompt_never_its_own(llama):
+    task = toy(llama)
+    same = task.corrupted[:1].expand_as(task.corrupted)
+    found = heads.ablation_scores(llama, task, "resample", "END", reference=same, progress=False)
+    mean = heads.ablation_scores(llama, task, "mean", "END", reference=same, progress=False)
+    np.testing.assert_allclose(found.samples, mean.samples, atol=2e-5)  # one prompt is its own mean
+    own = heads.ablation_scores(llama, task, "resample", "END", reference=task.ids, progress=False)
+    assert (np.abs(own.samples).max((1, 2)) > 1e-6).all()
+
+
+def test_noising_and_denoising_share_their_runs(llama):
+    task = toy(llama)
+    noise = heads.patching_scores(llama, task, progress=False)
+    denoise = heads.patching_scores(llama, task, "denoising", progress=False)
+    np.testing.assert_allclose(noise.base, denoise.source, atol=1e-5)
+    np.testing.assert_allclose(noise.source, denoise.base, atol=1e-5)
+
+
+def test_a_head_without_output_weights_scores_exactly_zero():
+    model = heads.load("tiny-llama", device="cpu")  # its own copy: the weights are edited
+    heads.output_projection(model, 1)[8:16] = 0  # head 1 of layer 1
+    found = heads.ablation_scores(model, toy(model), "zero", progress=False)
+    assert (found.samples[:, 1, 1] == 0).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(range(5)), st.integers(1, 5), st.integers(1, 200))
+def test_neither_order_nor_batches_change_anything(order, batch, tokens):
+    model = tiny("qwen3")
+    task = toy(model)
+    one = heads.ablation_scores(model, task, "counterfactual", "S", progress=False)
+    other = heads.ablation_scores(model, task[list(order)], "counterfactual", "S", batch=batch, tokens=tokens, progress=False)
+    np.testing.assert_allclose(one.samples[list(order)], other.samples, atol=2e-5)
+
+
+def test_the_model_is_as_before(decoder):
+    task = toy(decoder)
+    before = plain_of(decoder)(task.ids).logits
+    heads.ablation_scores(decoder, task, "zero", progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder._module(task.ids).logits, before, atol=5e-5, rtol=1e-4)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in decoder._module.modules())
+
+
+@pytest.mark.parametrize("call, error, said", [
+    (dict(kind="nought"), ValueError, "expected one of zero"),
+    (dict(positions="S3"), LookupError, "choose from S, END"),
+    (dict(metric="logit diference"), LookupError, "did you mean 'logit difference'"),
+    (dict(kind="zero", reference=torch.ones(2, 10).long()), ValueError, "takes no reference"),
+    (dict(kind="mean", reference=torch.ones(2, 9).long()), ValueError, "9 tokens"),
+    (dict(kind="resample", reference=torch.ones(1, 10).long()), ValueError, "at least two"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_any_forward(llama, monkeypatch, call, error, said):
+    monkeypatch.setattr(llama._module, "forward", lambda *a, **k: pytest.fail("a forward pass ran"))
+    with pytest.raises(error, match=said):
+        heads.ablation_scores(llama, toy(llama), **call)
+
+
+def test_an_unknown_direction_and_an_encoder_are_refused(llama):
+    with pytest.raises(ValueError, match="noising"):
+        heads.patching_scores(llama, toy(llama), "sideways")
+    with pytest.raises(ValueError, match="encoder"):
+        heads.ablation_scores(tiny("bert"), toy(llama), progress=False)
+
+
+def test_a_model_whose_layers_need_more_is_found_out(monkeypatch):
+    model = heads.load("tiny-llama", device="cpu")
+    norm = model.final_norm._module.forward
+    monkeypatch.setattr(Replay, "read", lambda self, hidden, columns: self.model.unembed._module(hidden)[None])
+    with pytest.raises(ReplayError, match="off by"):
+        Replay(model, toy(model).ids)
+    assert model.final_norm._module.forward == norm
+
+
+def test_all_kinds_are_tested():
+    assert set(KINDS) == {"zero", "mean", "counterfactual", "resample"} and len(DECODERS) >= 6
