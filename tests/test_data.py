@@ -197,3 +197,65 @@ def test_templates_do_not_contain_values(facts):
 
 def test_people_are_not_in_the_needles(facts, needles):
     assert not set(facts["people"]) & {name for n in needles for name in names(n)}
+
+# ---------------------------------------------------------------- words.jsonl
+
+@pytest.fixture(scope="module")
+def word_rows():
+    lines = (DATA / "words.jsonl").read_text(encoding="ascii").splitlines()
+    return {row["task"]: row for row in map(json.loads, lines)}
+
+
+def test_word_tasks_are_well_formed(word_rows):
+    assert len(word_rows) >= 15
+    for name, row in word_rows.items():
+        assert list(row) == ["task", "family", "instruction", "pairs"] and re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
+        assert re.fullmatch(r"[A-Z][^.]*\.", row["instruction"]), name
+        assert len(row["pairs"]) >= 30, name
+        questions = [x for x, _ in row["pairs"]]
+        assert len(set(questions)) == len(questions), name
+        assert all(word.isalpha() for pair in row["pairs"] for word in pair), name
+        assert all(x != y for x, y in row["pairs"]), name
+
+
+def test_word_tasks_and_their_datasheet_agree(word_rows):
+    sheet = (DATA / "words.md").read_text(encoding="utf-8")
+    assert f"{len(word_rows)} tasks" in sheet and f"{sum(len(r['pairs']) for r in word_rows.values())} pairs" in sheet
+    for name, row in word_rows.items():
+        answers = {y for _, y in row["pairs"]}
+        assert f"| `{name}` | {row['family']} | {len(row['pairs'])} | {len(answers)} |" in sheet
+
+
+@pytest.mark.parametrize("name", ["capitals", "country-adjective", "antonyms", "opposite-gender", "past-tense", "plurals",
+                                  "comparatives", "superlatives", "adverbs", "agents", "capitalise", "lowercase",
+                                  "element-symbols"])  # fmt: skip
+def test_one_answer_belongs_to_one_question(word_rows, name):
+    counts = Counter(y for _, y in word_rows[name]["pairs"])
+    assert [y for y, k in counts.items() if k > 1] == []
+
+
+def test_opposites_use_no_word_twice(word_rows):
+    for name in ("antonyms", "opposite-gender"):
+        counts = Counter(word for pair in word_rows[name]["pairs"] for word in pair)
+        assert [word for word, k in counts.items() if k > 1] == []
+
+
+def test_regular_forms_are_regular(word_rows):
+    pairs = {name: row["pairs"] for name, row in word_rows.items()}
+    assert all(y.endswith("ing") and y[0] == x[0] for x, y in pairs["present-participle"])
+    assert all(y.endswith("s") and y[:2] == x[:2] for x, y in pairs["third-person"])
+    irregular = [x for x, y in pairs["comparatives"] if not y.endswith("er") or y[:2] != x[:2]]
+    assert irregular == ["good", "bad"]
+    assert [x for x, y in pairs["superlatives"] if not y.endswith("est") or y[:2] != x[:2]] == ["good", "bad"]
+    assert [x for x, y in pairs["adverbs"] if not y.endswith("ly") or y[:2] != x[:2]] == ["good"]
+    assert all(y[-2:] in ("er", "or") and y[:2] == x[:2] for x, y in pairs["agents"])
+    assert all(y == x.capitalize() for x, y in pairs["capitalise"]) and all(y == x.lower() for x, y in pairs["lowercase"])
+    assert all(y == x[0] for x, y in pairs["first-letter"])
+
+
+def test_countries_say_the_same_in_every_task(word_rows):
+    """Language and adjective agree where the language has the country's adjective as its name."""
+    language, adjective = dict(word_rows["country-language"]["pairs"]), dict(word_rows["country-adjective"]["pairs"])
+    languages = set(language.values())
+    wrong = {c for c in language.keys() & adjective.keys() if adjective[c] in languages and language[c] != adjective[c]}
+    assert wrong == set()

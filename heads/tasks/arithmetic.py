@@ -54,8 +54,9 @@ def arithmetic(model, n: int | None = None, seed: int = 0, operation: str = "add
     gap, numbers, dropped = _numbers(model, template, largest)
     problems = _problems(operation, set(numbers))
     count(name, n, len(problems))
-    if not 0 <= shots <= len(problems) - 4:  # the question, its twin's, and both in the other order are not shown
-        raise ValueError(f"{name}: shots={shots}: {len(problems)} calculations allow 0 to {max(len(problems) - 4, 0)} examples")
+    most = max(len(problems) - 4, 0)  # the question, its twin's, and both in the other order are not shown
+    if not 0 <= shots <= most:
+        raise ValueError(f"{name}: shots={shots}: {len(problems)} calculations allow 0 to {most} examples")
     rng, items = np.random.default_rng(seed), []
     for i in rng.permutation(len(problems))[:n]:
         twin = _twin(rng, problems[i], problems)

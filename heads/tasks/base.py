@@ -57,7 +57,9 @@ class Task:
     def __post_init__(self):
         n, length = self.ids.shape if self.ids.dim() == 2 else (0, 0)
         if not n:
-            raise ValueError(f"{self.name}: ids are [prompt, position] with at least one prompt, got {tuple(self.ids.shape)}")
+            raise ValueError(
+                f"{self.name}: ids are [prompt, position] with at least one prompt, got {tuple(self.ids.shape)}"
+            )
         if self.corrupted.shape != self.ids.shape:
             raise ValueError(
                 f"{self.name}: prompts are {tuple(self.ids.shape)} but their corrupted twins {tuple(self.corrupted.shape)}: "
@@ -86,7 +88,8 @@ class Task:
 
     def __repr__(self) -> str:
         dropped = f", {len(self.dropped)} items dropped" if self.dropped else ""
-        return f"Task({self.name!r}, {len(self)} prompts of {self.ids.shape[1]} tokens, {self.foils.shape[1]} foils{dropped})"
+        length, foils = self.ids.shape[1], self.foils.shape[1]
+        return f"Task({self.name!r}, {len(self)} prompts of {length} tokens, {foils} foils{dropped})"
 
     def __getitem__(self, chosen) -> Task:
         """Some of the prompts, by slice, list of indices or boolean mask: a Task again."""

@@ -70,7 +70,8 @@ def _item(rng, objects, colours, foils: str) -> Item:
 
 def _example(rng, objects, colours):
     """One question without its answer, the spans in it, and (place, object, colour) with the asked one first."""
-    three = list(zip(range(3), rng.choice(objects, 3, replace=False).tolist(), rng.choice(colours, 3, replace=False).tolist()))
+    things, shades = (rng.choice(words, 3, replace=False).tolist() for words in (objects, colours))
+    three = list(zip(range(3), things, shades))
     text, spans = f"Q: On the {rng.choice(PLACES)}, {OPENINGS[rng.integers(len(OPENINGS))]}", {}
     for k, thing, colour in three:
         text += " and" * (k == 2) + (" an " if colour[0] in "aeiou" else " a ")

@@ -20,7 +20,9 @@ PLACES = (
     "bank beach church garden hospital hotel house library market museum office park restaurant school station store "
     "theater farm"
 ).split()
-OBJECTS = "bag ball bone book card coin computer cup drink flower gift hat key letter map pen phone ring shirt ticket toy".split()
+OBJECTS = (
+    "bag ball bone book card coin computer cup drink flower gift hat key letter map pen phone ring shirt ticket toy"
+).split()
 # As many words each, so that most tokenizers make them equally long. {first} and {second} are the two names.
 TEMPLATES = (
     "Then, {first} and {second} went to the {place}. {S2} gave a {object} to",
@@ -57,8 +59,8 @@ def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: i
     dropped = [(word.strip(), reason) for word, reason in a + b + c]
     if len(names) < 5 or not places or not objects:
         raise ValueError(
-            f"ioi: this tokenizer has one token for {len(names)} of {len(NAMES)} names, {len(places)} of {len(PLACES)} places "
-            f"and {len(objects)} of {len(OBJECTS)} objects; five names, a place and an object are needed"
+            f"ioi: this tokenizer has one token for {len(names)} of {len(NAMES)} names, {len(places)} of {len(PLACES)} "
+            f"places and {len(objects)} of {len(OBJECTS)} objects; five names, a place and an object are needed"
         )
     rng, words = np.random.default_rng(seed), [[w.strip() for w in found] for found in (names, places, objects)]
     templates = _equally_long(model, words) if template == "all" else [TEMPLATES[template]]

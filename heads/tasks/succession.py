@@ -16,8 +16,8 @@ from heads.tasks.base import Item, Task, build, count, known, one_token, single
 LISTS = {
     "numbers": tuple(str(i) for i in range(201)),
     "number words": tuple(
-        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen twenty".split()
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen twenty".split()
     ),
     "ordinals": tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split()),
     "days": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),

@@ -77,14 +77,15 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
     """
     known("labels", labels, LABELS)
     title = f"words, {name}"
-    asked, dropped = _usable(model, word_pairs(name, split), partial)
-    shown = asked if split != "test" else _usable(model, word_pairs(name, "train"), partial)[0]
+    usable, dropped = _usable(model, word_pairs(name), partial)
+    asked, shown = ([pair for pair in usable if (pair.x, pair.y) in word_pairs(name, part)]
+                    for part in (split, "train" if split == "test" else split))  # fmt: skip
     lengths = Counter(pair.tokens for pair in shown)
     shown = [pair for pair in shown if pair.tokens == lengths.most_common(1)[0][0]]
     if not 0 <= shots <= len(shown) - 2 or len(asked) < 2:
         raise ValueError(
-            f"{title}: this tokenizer leaves {len(asked)} pairs to ask and {len(shown)} to show, too few for {shots} examples"
-            + ("" if partial else "; partial=True adds answers of several tokens")
+            f"{title}: this tokenizer leaves {len(asked)} pairs to ask and {len(shown)} to show, too few for {shots} "
+            "examples" + ("" if partial else "; partial=True adds answers of several tokens")
         )
     if labels == "shuffled" and shots < 2:
         raise ValueError(f"{title}: labels of {shots} examples cannot be shuffled: give at least 2")
@@ -160,7 +161,8 @@ class _Draw:
             raise ValueError("no other question has another answer")
         twin = twins[self.rng.integers(len(twins))]
         answers = {query.y, twin.y}
-        fit = [pair for pair in self.shown if pair.x not in {query.x, twin.x, *answers} and (self.seen or pair.y not in answers)]
+        fit = [pair for pair in self.shown if pair.x not in {query.x, twin.x, *answers}]
+        fit = [pair for pair in fit if self.seen or pair.y not in answers]
         if len(fit) < self.shots:
             raise ValueError(f"{len(fit)} examples left that do not give the answer away, {self.shots} needed")
         examples = [fit[k] for k in self.rng.choice(len(fit), self.shots, replace=False)]
