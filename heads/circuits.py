@@ -1,0 +1,389 @@
+"""What weights alone say: the OV and QK circuits of a head, copying and successor scores.
+
+Vectors are rows: a head reads x and writes N(x) @ OV, where N is the input norm of its layer; what it writes
+becomes logits through the final norm's weight and the unembedding. Norms only rescale a token's vector, so a
+rank over tokens does not depend on their scale; their weights (Gemma's 1 + w included) and LayerNorm's centring do
+matter, and are applied. Notation of Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import nnsight
+import numpy as np
+import torch
+
+from heads.anatomy import output_projection
+from heads.scores import HeadScores
+
+KINDS = ("mlp0", "e+mlp0", "block0", "resid")
+_INPUT_NORMS, _MLP_NORMS = ("input_layernorm", "ln_1"), ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
+Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+# ----------------------------------------------------------------------------------------- norms
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer or RMS norm with its parts told apart, in float32: N(x) = weight * centre(x) / scale(x) + bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    centred: bool
+    eps: float
+
+    def centre(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., d_model]` -> `[..., 1]`, what the norm divides by."""
+        return (self.centre(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.weight * self.centre(x.float()) / self.scale(x)
+        return y if self.bias is None else y + self.bias
+
+    def back(self, u: torch.Tensor) -> torch.Tensor:
+        """The direction before the norm that reads u after it: <N(x), u> = <x, back(u)> / scale(x) + <bias, u>."""
+        return self.centre(self.weight * u.to(self.weight.device))
+
+
+def norm(module: torch.nn.Module) -> Norm:
+    """The parts of a norm. ValueError if the module does something else than they say."""
+    weight = module.weight.detach().float()
+    if type(module).__name__.startswith("Gemma"):
+        weight = 1 + weight
+    bias = getattr(module, "bias", None)
+    eps = next(getattr(module, key) for key in ("eps", "variance_epsilon") if hasattr(module, key))
+    found = Norm(weight, None if bias is None else bias.detach().float(), isinstance(module, torch.nn.LayerNorm), eps)
+    x = torch.linspace(-1, 2, len(weight), device=weight.device).to(module.weight.dtype)[None]
+    with torch.no_grad():
+        theirs, ours = module(x).float(), found(x)
+    if (theirs - ours).abs().max() > 0.02 * theirs.abs().max():
+        raise ValueError(f"{type(module).__name__} is no layer or RMS norm as heads knows them")
+    return found
+
+
+def _first(layer: torch.nn.Module, names: tuple[str, ...], what: str) -> torch.nn.Module:
+    for name in names:
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    looked = ", ".join(names)
+    raise ValueError(f"no {what} in {type(layer).__name__} (looked for {looked}): this architecture is not supported yet")
+
+
+def post_norms(model, layer: int) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+    """The norms that Gemma 2 and 3 put on what attention and MLP write; (None, None) elsewhere."""
+    module = model.layers[layer]._module
+    if not hasattr(module, "post_feedforward_layernorm"):
+        return None, None
+    return module.post_attention_layernorm, module.post_feedforward_layernorm
+
+
+def input_norm(model, layer: int) -> Norm:
+    """The norm before a layer's attention."""
+    return norm(_first(model.layers[layer]._module, _INPUT_NORMS, "norm before the attention"))
+
+
+def decoder_only(model) -> None:
+    if model.anatomy.encoder:
+        raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
+
+
+# ------------------------------------------------------------------------------------ OV and QK
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A matrix of low rank, kept as its factors: x -> (x @ left + bias) @ right.
+
+    Attributes:
+        left: `[d_model, d_head]`. right: `[d_head, d_model]`. bias: `[d_head]` or None.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., d_model]` -> `[..., d_model]`, without ever forming the matrix."""
+        inner = x.float() @ self.left
+        return (inner if self.bias is None else inner + self.bias) @ self.right
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """`[d_model, d_model]`, without the bias."""
+        return self.left @ self.right
+
+    def eigenvalues(self) -> torch.Tensor:
+        """The d_head eigenvalues that are not trivially zero (complex); those of right @ left."""
+        return torch.linalg.eigvals(self.right @ self.left)
+
+
+def _project(model, layer: int, which: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight `[head, d_model, d_head]` and bias `[head, d_head]` of queries, keys or values ("q", "k", "v") in float32;
+    `head` counts key-value heads for keys and values."""
+    anatomy, attn = model.anatomy, model.layers[layer].attn._module
+    d, index = anatomy.d_head, "qkv".index(which)
+    if hasattr(attn, "c_attn"):  # GPT-2: [d_model, q | k | v]
+        cut = slice(index * anatomy.d_model, (index + 1) * anatomy.d_model)
+        weight, bias = attn.c_attn.weight.T[cut], attn.c_attn.bias[cut]
+    elif hasattr(attn, "query_key_value"):  # GPT-NeoX: q, k and v side by side in each head
+        fused = attn.query_key_value
+        weight = fused.weight.view(anatomy.n_heads, 3, d, -1)[:, index].flatten(0, 1)
+        bias = None if fused.bias is None else fused.bias.view(anatomy.n_heads, 3, d)[:, index].flatten()
+    elif hasattr(attn, f"{which}_proj"):
+        linear = getattr(attn, f"{which}_proj")
+        weight, bias = linear.weight, linear.bias
+    else:
+        raise ValueError(f"no {which} projection in {type(attn).__name__}: this architecture is not supported yet")
+    weight = weight.detach().float().unflatten(0, (-1, d)).transpose(1, 2)
+    return weight, None if bias is None else bias.detach().float().view(-1, d)
+
+
+def _kv(model, head: int) -> int:
+    return head * model.anatomy.n_kv_heads // model.anatomy.n_heads
+
+
+def ov(model, layer: int, head: int) -> Factored:
+    """What a head writes about a token that it attends to: N(x) -> N(x) W_V W_O, of rank d_head.
+
+    Query heads of one group share W_V, and each has its own W_O. `bias` is that of the values. In Gemma 2 and 3 the sum
+    over heads is normalised after this; the weight of that norm is not included.
+
+    Raises:
+        IndexError: for a head that does not exist.
+    """
+    decoder_only(model)
+    ((layer, head),) = model.anatomy.check([(layer, head)])
+    (weight, bias), kv = _project(model, layer, "v"), _kv(model, head)
+    right = output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))[head]
+    return Factored(weight[kv], right, None if bias is None else bias[kv])
+
+
+def qk(model, layer: int, head: int) -> Factored:
+    """Where a head looks: N(x_query) @ QK @ N(x_key) is its attention logit, scale included, before any soft cap.
+
+    With rotary embeddings the logit also depends on the distance, and this is the logit at distance 0, where the two
+    rotations cancel: what the contents alone would say. Where queries and keys are normalised (Qwen 3, Gemma 3), the
+    norms' weights are folded in and their scales left out: each logit is right up to one positive factor for
+    the query and one for the key. `bias` is that of the queries; that of the keys adds the same to all
+    keys of a query, and softmax does not see it (in a model without norms of keys, at distance 0).
+
+    Raises:
+        IndexError: for a head that does not exist.
+    """
+    decoder_only(model)
+    ((layer, head),) = model.anatomy.check([(layer, head)])
+    attn, kv = model.layers[layer].attn._module, _kv(model, head)
+    (q, bias), (k, _) = _project(model, layer, "q"), _project(model, layer, "k")
+    scale = getattr(attn, "scaling", None) or model.anatomy.d_head**-0.5
+    fold = norm(attn.q_norm).weight * norm(attn.k_norm).weight if hasattr(attn, "q_norm") else 1
+    return Factored(q[head] * fold * scale, k[kv].T, None if bias is None else bias[head] * fold * scale)
+
+
+def unembedding(model, ids: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+    """Unembedding of tokens as directions in the residual stream, `[..., d_model]` float32, final norm's weight folded in
+    and, for a layer, that of the norm which Gemma 2 and 3 put on what its attention writes."""
+    rows = model.unembed._module.weight.detach()
+    found = norm(model.final_norm._module).back(rows[ids.to(rows.device)].float())
+    post = None if layer is None else post_norms(model, layer)[0]
+    return found if post is None else norm(post).back(found)
+
+
+def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Logits that a head gives tokens when it attends to x, up to one positive factor for each x.
+
+    Args:
+        x: `[..., d_model]`, before the layer's input norm, for example from `effective_embedding`.
+        ids: `[token]`, the tokens that compete.
+
+    Returns:
+        `[..., token]`, float32.
+    """
+    circuit = ov(model, layer, head)
+    written = circuit(input_norm(model, layer)(x.to(circuit.left.device)))
+    return written @ unembedding(model, ids, layer).to(written.device).T
+
+
+# ------------------------------------------------------------------------- effective embeddings
+
+
+@torch.no_grad()
+def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", layer: int | None = None, batch: int = 256):
+    """What a token looks like to heads above the first layers, without context.
+
+    Args:
+        ids: `[token]`.
+        kind: "mlp0": the first MLP, with its own norm, on the embedding alone, as in Gould et al. 2023. "e+mlp0": embedding
+            plus that. "block0": the residual stream after the first block, run on the token alone (its attention can
+            only look at the token). "resid": the residual stream entering `layer` at t, run on [BOS, t].
+        layer: for "resid" only; None gives all layers.
+        batch: tokens in one pass.
+
+    Returns:
+        `[token, d_model]`, float32; `[layer, token, d_model]` for "resid" of all layers. Position embeddings (GPT-2)
+        are in "block0" and "resid" only.
+
+    Raises:
+        ValueError: for an unknown kind, a `layer` that is needless, or a tokenizer without a first token.
+    """
+    decoder_only(model)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+    if layer is not None and kind != "resid":
+        raise ValueError(f"kind={kind!r} is the same for all layers: layer={layer} is for kind='resid'")
+    ids = torch.as_tensor(ids, device=model.device)
+    if ids.dim() != 1 or not len(ids):
+        raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")
+    return torch.cat([_effective(model, part, kind, layer) for part in ids.split(batch)], dim=-2)
+
+
+def _effective(model, ids, kind: str, layer: int | None) -> torch.Tensor:
+    if kind == "resid":
+        bos = model.tokenizer.bos_token_id
+        if bos is None:
+            raise ValueError("this tokenizer has no first token (bos_token): set one, or use kind='e+mlp0' or 'block0'")
+        return _residuals(model, torch.stack([torch.full_like(ids, bos), ids], 1), layer)
+    if kind == "block0":
+        with model.trace(input_ids=ids[:, None], use_cache=False):
+            x = model.layers[0].output[:, -1].save()
+        return x.float()
+    block, embedding = model.layers[0], model._module.get_input_embeddings()(ids)
+    out = block.mlp._module(_first(block._module, _MLP_NORMS, "norm before the MLP")(embedding))
+    post = post_norms(model, 0)[1]
+    out = out if post is None else post(out)
+    return out.float() if kind == "mlp0" else out.float() + embedding.float()
+
+
+def _residuals(model, ids, layer: int | None) -> torch.Tensor:
+    """Residual stream entering each layer at the last position, `[layer, row, d_model]`, or one layer's."""
+    with model.trace(input_ids=ids, use_cache=False):
+        found = nnsight.save([])
+        for block in list(model.layers) if layer is None else [model.layers[layer]]:
+            found.append(block.input[:, -1].float())
+    found = torch.stack([x.to(found[0].device) for x in found])
+    return found if layer is None else found[0]
+
+
+# ------------------------------------------------------------------- successor and copying scores
+
+
+class ListScores(HeadScores):
+    """Share of pairs in which a head ranks the target first among its list, pooled over lists.
+
+    Attributes:
+        lists: name -> HeadScores of that list. pairs: name -> number of pairs.
+        chance: expected score of a head that guesses.
+    """
+
+    def __init__(self, hits: Mapping[str, np.ndarray], sizes: Mapping[str, int], name: str):
+        self.pairs = {key: len(x) for key, x in hits.items()}
+        self.lists = {key: HeadScores(x.mean(0), f"{name}, {key}") for key, x in hits.items()}
+        total = sum(self.pairs.values())
+        self.chance = sum(n / sizes[key] for key, n in self.pairs.items()) / total
+        super().__init__(np.concatenate(list(hits.values())).mean(0), name)
+
+
+def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same tokens with another map, for controls.
+
+    Args:
+        kind: "predecessor": pairs turned round. "copy": every token that has a successor to itself. "permutation": the
+            successor map of a randomly shuffled list (one draw of `seed`; draw many for a null distribution).
+    """
+    if kind not in ("predecessor", "copy", "permutation"):
+        raise ValueError(f"kind={kind!r}: expected 'predecessor', 'copy' or 'permutation'")
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, (ids, pairs) in lists.items():
+        pairs = torch.as_tensor(pairs)
+        if kind == "permutation":
+            pairs = torch.randperm(len(ids), generator=generator)[pairs]
+        else:
+            pairs = pairs.flip(1) if kind == "predecessor" else pairs[:, :1].expand(-1, 2)
+        found[name] = (ids, pairs)
+    return found
+
+
+@torch.no_grad()
+def successor_score(model, lists: Lists, effective: str = "mlp0", *, with_input: bool = True, batch: int = 256,
+                    name: str = "successor score") -> ListScores:  # fmt: skip
+    """How often each head, from weights alone, ranks an item's successor first (Gould et al. 2023).
+
+    A head is fed the effective embedding of a token; of the logits that its OV circuit gives, only those of the same
+    list compete.
+
+    Args:
+        lists: name -> (ids `[item]`, pairs `[pair, 2]` of indices into ids: an item and its successor), one entry
+            for each task and surface form. `relabelled` makes controls from them.
+        effective: see `effective_embedding`.
+        with_input: whether the token that went in competes, as in the paper: a head that only copies then fails.
+        batch: tokens in one pass of the model.
+
+    Returns:
+        Scores `[layer, head]`, with `.lists`, `.pairs` and `.chance`.
+
+    Raises:
+        ValueError: for lists without pairs, or pairs that point outside their list.
+    """
+    lists = _checked(lists, with_input)
+    ids = torch.cat([ids for ids, _ in lists.values()])
+    x = effective_embedding(model, ids, effective, batch=batch)
+    hits = {key: [] for key in lists}
+    for layer in range(model.anatomy.n_layers):
+        z, right = _values(model, layer, x[layer] if effective == "resid" else x)
+        readout = unembedding(model, ids, layer).to(z.device)
+        for (key, (members, pairs)), part, u in zip(lists.items(), *(y.split([len(m) for m, _ in lists.values()])
+                                                                   for y in (z, readout)), strict=True):  # fmt: skip
+            source, target = pairs.to(z.device).unbind(1)
+            logits = torch.einsum("phd,hdt->pht", part[source], torch.einsum("hdm,tm->hdt", right, u))
+            if not with_input:
+                logits[torch.arange(len(source)), :, source] = -torch.inf
+            hits[key].append((logits.argmax(-1) == target[:, None]).float().cpu())
+    sizes = {key: len(members) - (not with_input) for key, (members, _) in lists.items()}
+    return ListScores({key: torch.stack(layers, 1).numpy() for key, layers in hits.items()}, sizes, name)
+
+
+def copying_score(model, lists: Lists | torch.Tensor, effective: str = "mlp0", batch: int = 256) -> ListScores:
+    """How often each head, from weights alone, ranks the token that it is fed first, among its list.
+
+    Args:
+        lists: as for `successor_score`, scored on the same tokens; or token ids `[token]` that make one list.
+    """
+    if isinstance(lists, torch.Tensor):
+        lists = {"tokens": (lists, torch.arange(len(lists))[:, None].expand(-1, 2))}
+    return successor_score(model, relabelled(lists, "copy"), effective, batch=batch, name="copying score")
+
+
+def _values(model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query head's values of residuals `[token, d_model]`, `[token, head, d_head]`; W_O `[head, d_head, d_model]`."""
+    weight, bias = _project(model, layer, "v")
+    z = torch.einsum("tm,hmd->thd", input_norm(model, layer)(x.to(weight.device)), weight)
+    z = z if bias is None else z + bias
+    right = output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))
+    return z.repeat_interleave(model.anatomy.n_heads // z.shape[1], 1), right
+
+
+def _checked(lists: Lists, with_input: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Lists as tensors, the empty ones left out."""
+    found = {}
+    for name, (ids, pairs) in lists.items():
+        ids, pairs = torch.as_tensor(ids), torch.as_tensor(pairs, dtype=torch.long)
+        if not len(pairs):
+            continue
+        if ids.dim() != 1 or pairs.dim() != 2 or pairs.shape[1] != 2:
+            got = f"{tuple(ids.shape)} and {tuple(pairs.shape)}"
+            raise ValueError(f"list {name!r}: expected ids [item] and pairs [pair, 2], got {got}")
+        if pairs.min() < 0 or pairs.max() >= len(ids):
+            raise ValueError(f"list {name!r}: pairs point to item {int(pairs.max())}, but it has items 0 to {len(ids) - 1}")
+        if len(ids.unique()) < len(ids):
+            raise ValueError(f"list {name!r} holds a token twice: its items cannot be told apart")
+        if not with_input and (pairs[:, 0] == pairs[:, 1]).any():
+            raise ValueError(f"list {name!r} maps a token to itself: with_input=False would make that impossible to score")
+        found[name] = (ids, pairs)
+    if not found:
+        raise ValueError("no list has a pair of items: nothing to score with this tokenizer")
+    return found
