@@ -123,9 +123,9 @@ def succession(model, which="days", n: int | None = None, seed: int = 0, length:
         ValueError: if no window can be used, or there are fewer than `n`.
     """
     known("corruption of succession", corruption, CORRUPTIONS)
-    if length < 2:
-        raise ValueError(f"succession: length={length}: a succession shows itself in two elements at least")
     names, rng, dropped, windows = _names(which), np.random.default_rng(seed), [], []
+    if not 2 <= length < min((len(LISTS[name]) for name in names), default=0):
+        raise ValueError(f"succession: length={length}: at least 2, and fewer than the items of {', '.join(names) or 'a list'}")
     title = f"succession, {' and '.join(names)}"
     for name in names:
         found, left = _windows(model, name, length, flipped)
@@ -143,7 +143,7 @@ def succession(model, which="days", n: int | None = None, seed: int = 0, length:
         if twin is None:
             dropped.append((w.prompt, f"no twin of corruption {corruption!r}"))
         else:
-            items.append(Item(w.prompt, w.gapless(w.answer), w.foils(width), twin, w.roles))
+            items.append(Item(w.prompt, w.continuation(w.answer), w.foils(width), twin, w.roles))
     return build(model, title, items, n, dropped)
 
 
@@ -171,13 +171,13 @@ class _Window:
         names = [f"element {k + 1}" for k in range(len(self.elements) - 1)] + ["last"]
         return {role: (int(end) - len(self.items[i]), int(end)) for role, end, i in zip(names, ends, self.elements)}
 
-    def gapless(self, i: int) -> str:
+    def continuation(self, i: int) -> str:
         """An item as it continues the prompt."""
         return self.items[i] if self.gap else f" {self.items[i]}"
 
     def foils(self, width: int) -> tuple[str, ...]:
         others = sorted((i for i in self.items if i != self.answer), key=lambda i: (abs(i - self.answer), i))
-        return tuple(self.gapless(i) for i in others[:width])
+        return tuple(self.continuation(i) for i in others[:width])
 
 
 def _windows(model, name: str, length: int, flipped: bool) -> tuple[list[_Window], list[tuple[str, str]]]:
@@ -203,7 +203,7 @@ def _shuffled(model, rng, window: _Window, tries: int = 200) -> str | None:
     *before, last = window.elements
     size = len(LISTS[window.name])
     left = [i for i in window.items if i not in (last, window.answer)]
-    for _ in range(tries):
+    for _ in range(tries if len(left) >= len(before) else 0):
         order = [*rng.choice(left, len(before), replace=False).tolist(), last]
         in_order = any((a + 1) % size == b for a, b in zip(order, order[1:]))
         if not in_order and len(model.tokenizer(window.text(order)).input_ids) == window.tokens:

@@ -78,8 +78,8 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
     known("labels", labels, LABELS)
     title = f"words, {name}"
     usable, dropped = _usable(model, word_pairs(name), partial)
-    asked, shown = ([pair for pair in usable if (pair.x, pair.y) in word_pairs(name, part)]
-                    for part in (split, "train" if split == "test" else split))  # fmt: skip
+    to_ask, to_show = set(word_pairs(name, split)), set(word_pairs(name, "train" if split else None))
+    asked, shown = ([pair for pair in usable if (pair.x, pair.y) in part] for part in (to_ask, to_show))
     lengths = Counter(pair.tokens for pair in shown)
     shown = [pair for pair in shown if pair.tokens == lengths.most_common(1)[0][0]]
     if not 0 <= shots <= len(shown) - 2 or len(asked) < 2:
@@ -92,19 +92,8 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
     count(title, n, None if shots else len(asked))
     draw = _Draw(np.random.default_rng(seed), asked, shown, shots, foils, labels, seen,
                  f"{_data()[name]['instruction']}\n\n" if instruction else "")  # fmt: skip
-    items, wanted = {}, n or len(asked)
-    for _ in range(1 if n is None else 20 + wanted // len(asked)):  # every word once before one comes again
-        for i in draw.rng.permutation(len(asked)):
-            try:
-                item = draw.item(asked[i])
-            except ValueError as reason:
-                dropped.append((str(asked[i]), str(reason)))
-            else:
-                if len(items) < wanted:
-                    items.setdefault(item.prompt, item)
-        if len(items) == wanted:
-            break
-    task = build(model, title, items.values(), n, dict.fromkeys(dropped))
+    items, failed = draw.items(n)
+    task = build(model, title, items, n, dropped + failed)
     if n is not None and len(task) < n:
         raise ValueError(f"{title}: {n} different prompts asked for, but only {len(task)} can be made: ask for fewer")
     return task
@@ -136,6 +125,8 @@ def _usable(model, pairs, partial: bool) -> tuple[list[_Pair], list[tuple[str, s
             dropped.append((f"{x}: {y}", f"the answer is {len(ids)} tokens"))
         elif partial and first[ids[0]] > 1:
             dropped.append((f"{x}: {y}", "another answer starts with the same token"))
+        elif cut("A:", model.tokenizer.decode(ids[:1])[1:]) != ids[:1]:  # part of an accented letter, for instance
+            dropped.append((f"{x}: {y}", "the answer's first token is no text of its own"))
         else:
             found.append(_Pair(x, y, len(ids), model.tokenizer.decode(ids[:1])))
     return found, dropped
@@ -153,6 +144,20 @@ class _Draw:
     labels: str
     seen: bool
     head: str
+
+    def items(self, n: int | None) -> tuple[list[Item], list[tuple[str, str]]]:
+        """`n` different prompts, or fewer, and (pair, reason) of what failed; every word once before one comes again."""
+        found, failed, wanted = {}, {}, n or len(self.asked)
+        for _ in range(1 if n is None else 20 + wanted // len(self.asked)):
+            for i in self.rng.permutation(len(self.asked)):
+                try:
+                    item = self.item(self.asked[i])
+                    found.setdefault(item.prompt, item)
+                except ValueError as reason:
+                    failed[str(self.asked[i])] = str(reason)
+                if len(found) == wanted:
+                    return list(found.values()), list(failed.items())
+        return list(found.values()), list(failed.items())
 
     def item(self, query: _Pair) -> Item:
         """A prompt for one question; ValueError where the pairs are too few for it."""
