@@ -8,7 +8,7 @@ matter, and are applied. Notation of Elhage et al. 2021, "A Mathematical Framewo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import nnsight
@@ -20,7 +20,8 @@ from heads.scores import HeadScores
 
 KINDS = ("mlp0", "e+mlp0", "block0", "resid")
 _INPUT_NORMS, _MLP_NORMS = ("input_layernorm", "ln_1"), ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
-Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+# name -> (ids [item], pairs [pair, 2]), or what `heads.tasks.succession_lists` returns
+Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]] | Sequence
 
 
 # ----------------------------------------------------------------------------------------- norms
@@ -298,7 +299,7 @@ def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.
     if kind not in ("predecessor", "copy", "permutation"):
         raise ValueError(f"kind={kind!r}: expected 'predecessor', 'copy' or 'permutation'")
     generator, found = torch.Generator().manual_seed(seed), {}
-    for name, (ids, pairs) in lists.items():
+    for name, (ids, pairs) in _by_name(lists).items():
         pairs = torch.as_tensor(pairs)
         if kind == "permutation":
             pairs = torch.randperm(len(ids), generator=generator)[pairs]
@@ -317,8 +318,8 @@ def successor_score(model, lists: Lists, effective: str = "mlp0", *, with_input:
     list compete.
 
     Args:
-        lists: name -> (ids `[item]`, pairs `[pair, 2]` of indices into ids: an item and its successor), one entry
-            for each task and surface form. `relabelled` makes controls from them.
+        lists: `heads.tasks.succession_lists(model)`; or name -> (ids `[item]`, pairs `[pair, 2]` of indices into ids: an
+            item and its successor), one entry for each task and surface form. `relabelled` makes controls from them.
         effective: see `effective_embedding`.
         with_input: whether the token that went in competes, as in the paper: a head that only copies then fails.
         batch: tokens in one pass of the model.
@@ -367,10 +368,14 @@ def _values(model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return z.repeat_interleave(model.anatomy.n_heads // z.shape[1], 1), right
 
 
+def _by_name(lists: Lists) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+    return lists if isinstance(lists, Mapping) else {f"{x.name}, {x.form}": (x.ids, x.pairs) for x in lists}
+
+
 def _checked(lists: Lists, with_input: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Lists as tensors, the empty ones left out."""
     found = {}
-    for name, (ids, pairs) in lists.items():
+    for name, (ids, pairs) in _by_name(lists).items():
         ids, pairs = torch.as_tensor(ids), torch.as_tensor(pairs, dtype=torch.long)
         if not len(pairs):
             continue

@@ -217,6 +217,15 @@ def test_successor_score_equals_a_slow_loop(decoder, effective):
     assert found.pairs == {"open": 5, "cyclic": 4} and abs(found.chance - (5 / 6 + 4 / 4) / 9) < 1e-9
 
 
+def test_lists_come_as_the_tasks_make_them(llama):
+    from types import SimpleNamespace
+
+    made = [SimpleNamespace(name=name, form="bare", ids=ids, pairs=pairs) for name, (ids, pairs) in LISTS.items()]
+    found, same = successor_score(llama, made), successor_score(llama, LISTS)
+    assert (found.values == same.values).all() and list(found.lists) == ["open, bare", "cyclic, bare"]
+    assert list(relabelled(made, "copy")) == ["open, bare", "cyclic, bare"]
+
+
 def test_the_input_token_may_be_left_out(llama):
     found = successor_score(llama, LISTS, with_input=False)
     slow = torch.cat([slow_hits(llama, *lists, "mlp0", with_input=False) for lists in LISTS.values()])

@@ -1,0 +1,373 @@
+"""What each head adds to a metric, without patching: direct attribution, gradients, and the logit lens.
+
+Three answers to one question, from cheap to dear. `direct_attribution` is what a head writes into the logits itself;
+`attribution_patching` is the first-order guess of what patching it would do; `integrated_gradients` follows the gradient
+along the way, and its effects add up. All of them read END, the last position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nnsight
+import numpy as np
+import torch
+
+from heads.anatomy import output_projection, projection_envoy
+from heads.circuits import decoder_only, norm, post_norms
+from heads.effects import Effects
+from heads.metrics import Metric, logit_difference
+from heads.metrics import metric as metric_of
+from heads.tasks.base import Task
+
+
+class Attribution(Effects):
+    """Direct contributions to a metric, `[prompt, layer, head]` in `samples`, with all that is not a head beside them.
+
+    For a metric that is linear in the logits, and without a reference, `samples` + `mlp_samples` + `embedding` +
+    `biases`, summed over layers and heads, is `base`.
+
+    Attributes:
+        embedding: `[prompt]`, contribution of the token (and position) embedding at END.
+        biases: `[prompt]`, of the biases of output projections, of the final norm and of the unembedding.
+    """
+
+    embedding: np.ndarray
+    biases: np.ndarray
+
+
+def _differentiable(metric: str | Metric) -> Metric:
+    read = metric_of(metric)
+    if not read.gradient:
+        raise ValueError(
+            f"{read.name!r} has no useful gradient at the base run: use a logit difference or a log-probability, or patch"
+        )
+    return read
+
+
+def _read(part: Task, read: Metric, logits: torch.Tensor) -> torch.Tensor:
+    """`[prompt, vocabulary]` logits at END -> `[prompt]`."""
+    columns = read.columns(part)
+    return read(logits if columns is None else logits.gather(-1, columns.to(logits.device)), part)
+
+
+# -------------------------------------------------------------------------- direct attribution
+
+
+@dataclass
+class _Ends:
+    """What a batch writes at END: `embedding`, `last` `[prompt, d_model]`, `z` `[layer, prompt, head, d_head]`,
+    `mlp` `[layer, prompt, d_model]` (float32, first device) and the metric's `logits` `[prompt, column]`."""
+
+    embedding: torch.Tensor
+    last: torch.Tensor
+    z: torch.Tensor
+    mlp: torch.Tensor
+    logits: torch.Tensor
+
+
+def _ends(model, part: Task) -> _Ends:
+    normed = post_norms(model, 0)[1] is not None
+    with torch.no_grad(), model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
+        z, mlp = nnsight.save([]), nnsight.save([])
+        embedding = model.layers[0].input[:, -1].float().save()
+        for layer in model.layers:
+            z.append(layer.attn.heads[:, -1].float())
+            written = layer.post_feedforward_layernorm if normed else layer.mlp
+            mlp.append(written.output[:, -1].float())
+        last = model.layers[-1].output[:, -1].float().save()
+        logits = model.logits[:, -1].float().save()
+    device = last.device
+    stack = lambda found: torch.stack([x.to(device) for x in found])  # noqa: E731
+    return _Ends(embedding.to(device), last, stack(z), stack(mlp), logits.to(device))
+
+
+def _direction(model, part: Task, read: Metric, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the metric points before the final norm, `[prompt, d_model]`, its scale included, and what the biases of
+    the norm and the unembedding add, `[prompt]`. Metrics that are not linear are linearised at the run."""
+    final, unembed = norm(model.final_norm._module), model.unembed._module
+    columns = read.columns(part)
+    rows = unembed.weight.detach()
+    rows = (rows if columns is None else rows[columns.to(rows.device)]).to(last.device).float()
+    fixed = getattr(unembed, "bias", None)
+    if fixed is not None:
+        fixed = (fixed.detach() if columns is None else fixed.detach()[columns.to(fixed.device)]).to(last.device).float()
+    with torch.enable_grad():
+        x = final(last)
+        logits = torch.einsum("pm,vm->pv" if columns is None else "pm,pcm->pc", x, rows)
+        logits = (logits if fixed is None else logits + fixed).detach().requires_grad_(True)
+        slope = torch.autograd.grad(read(_capped(model, logits), part).sum(), logits)[0]
+    u = torch.einsum("pv,vm->pm" if columns is None else "pc,pcm->pm", slope, rows)
+    constant = torch.zeros(len(u), device=u.device) if fixed is None else (slope * fixed).sum(-1)
+    if final.bias is not None:
+        constant = constant + u @ final.bias
+    return final.back(u) / final.scale(last), constant
+
+
+def _capped(model, logits: torch.Tensor) -> torch.Tensor:
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _frozen(model, layer: int, z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer's heads against a direction u `[prompt, d_model]`.
+
+    Returns:
+        What z `[prompt, head, d_head]` is multiplied with, `[prompt, head, d_head]`; what the bias adds, `[prompt]`; and
+        what the attention writes, `[prompt, d_model]`.
+    """
+    weight = output_projection(model, layer).detach().to(u.device).float()
+    bias = projection_envoy(model, layer)._module.bias
+    written = z.flatten(1) @ weight
+    written = written if bias is None else written + bias.detach().to(u.device).float()
+    post = post_norms(model, layer)[0]
+    if post is not None:  # Gemma 2 and 3: the norm of the sum, with its scale as it was in this run
+        after = norm(post)
+        u, written = after.back(u) / after.scale(written), after(written)
+    reads = (u @ weight.T).view(z.shape)
+    return reads, u.new_zeros(len(u)) if bias is None else u @ bias.detach().to(u.device).float(), written
+
+
+@torch.no_grad()
+def direct_attribution(
+    model, task: Task, metric: str | Metric = logit_difference, reference: str | None = None, batch: int = 64
+) -> Attribution:
+    """What each head writes at END, read straight through the final norm and the unembedding.
+
+    <r, u> / s for what the head writes, r; u is the difference of unembedding rows that the metric takes, times the final
+    norm's weight; s the norm's scale in this very run (frozen, so that contributions add). Later layers are passed by:
+    a large contribution is not yet a role. A metric that is not linear in the logits is linearised at the run. Models
+    that normalise what attention writes (Gemma 2 and 3) are linearised: that norm's scale is frozen, too, and heads add.
+
+    Args:
+        metric: any with a gradient.
+        reference: None, or "mean": r minus its mean over the task's prompts, the direct effect of mean ablation, with its
+            sign turned: what the head adds here beyond what it always writes (Gould et al. 2023). MLPs likewise.
+        batch: prompts in one pass. With a reference every prompt's z is kept, on the CPU.
+
+    Returns:
+        `Attribution`: `samples`, `mlps`, `embedding`, `biases`, `base`.
+
+    Raises:
+        ValueError: for a metric without a gradient, an encoder, an unknown reference, or a model whose residual stream is
+            not the sum of what is written to it (scaled residuals).
+    """
+    read = _differentiable(metric)
+    decoder_only(model)
+    if reference not in (None, "mean"):
+        raise ValueError(f"reference={reference!r}: expected None or 'mean'")
+    found = [_attribute(model, part, read, keep=reference == "mean") for part in task.batches(batch)]
+    samples, mlps, embedding, biases, base = (torch.cat([x[i] for x in found]) for i in range(5))
+    if reference == "mean":
+        z, reads, out, u = (torch.cat([x[i] for x in found]) for i in range(5, 9))
+        samples = torch.einsum("plhd,plhd->plh", z - z.mean(0), reads)
+        mlps = torch.einsum("plm,pm->pl", out - out.mean(0), u)
+    effects = Attribution(samples, base, name=f"direct attribution to {read.name}", mlps=mlps)
+    effects.embedding, effects.biases = embedding.numpy(), biases.numpy()
+    return effects
+
+
+def _attribute(model, part: Task, read: Metric, keep: bool):
+    """One batch on the CPU: heads `[prompt, layer, head]`, MLPs `[prompt, layer]`, embedding, biases, base `[prompt]`;
+    and with `keep` z, what reads it, MLP outputs and the direction."""
+    ends = _ends(model, part)
+    u, biases = _direction(model, part, read, ends.last)
+    reads, total = [], ends.embedding + ends.mlp.sum(0)
+    for layer, z in enumerate(ends.z):
+        read_by, added, written = _frozen(model, layer, z, u)
+        reads.append(read_by)
+        biases, total = biases + added, total + written
+    _adds_up(model, total, ends.last)
+    reads, z, mlp = torch.stack(reads, 1), ends.z.transpose(0, 1), ends.mlp.transpose(0, 1)
+    base = _read(part, read, ends.logits)
+    found = [(z * reads).sum(-1), torch.einsum("plm,pm->pl", mlp, u), (ends.embedding * u).sum(-1), biases, base]
+    return [x.cpu() for x in (found + [z, reads, mlp, u] if keep else found)]
+
+
+def _adds_up(model, total: torch.Tensor, last: torch.Tensor) -> None:
+    tolerance = 1e-3 if model._module.dtype == torch.float32 else 0.1  # every addition rounds in bfloat16
+    error = ((total - last).norm(dim=-1) / last.norm(dim=-1)).max().item()
+    if not error <= tolerance:
+        raise ValueError(
+            f"what heads, MLPs and embedding write does not sum to the residual stream of this {model.anatomy.family} model "
+            f"(off by {error:.1%}): direct attribution does not hold for it; patch instead"
+        )
+
+
+# ----------------------------------------------------------------------------------- gradients
+
+
+def _activations(model, ids, at: torch.Tensor, gradient: bool):
+    """z and MLP outputs of every layer, and the logits at END; cut to the positions `at` unless a gradient is wanted."""
+    with torch.set_grad_enabled(gradient), model.trace(input_ids=ids.to(model.device), logits_to_keep=1, use_cache=False):
+        z, mlp = nnsight.save([]), nnsight.save([])
+        for layer in model.layers:  # each is marked before the next is read: the model has moved on by then
+            z.append(_marked(layer.attn.heads, at, gradient))
+            mlp.append(_marked(layer.mlp.output, at, gradient))
+        logits = model.logits[:, -1].float().save()
+    return z, mlp, logits
+
+
+def _marked(value: torch.Tensor, at: torch.Tensor, gradient: bool) -> torch.Tensor:
+    if not gradient:
+        return value[:, at.to(value.device)].clone()
+    return value if value.requires_grad else value.requires_grad_(True)  # weights have no gradient: start one
+
+
+def _turned(task: Task, direction: str) -> Task:
+    if direction not in ("noising", "denoising"):
+        raise ValueError(f"direction={direction!r}: expected 'noising' (clean base) or 'denoising' (corrupted base)")
+    return task if direction == "noising" else task.swapped()
+
+
+def attribution_patching(model, task: Task, metric: str | Metric = logit_difference, direction: str = "noising",
+                         positions="END", batch: int = 16) -> Effects:  # fmt: skip
+    """A first-order estimate of activation patching, for all heads (and MLPs) from two forwards and one backward.
+
+    (a_source - a_base) . gradient of the metric at a_base, with a the head's z (Nanda 2023). It is exact for small
+    differences, and poor where attention or a norm saturates: check the heads that matter by patching.
+
+    Args:
+        metric: any with a gradient at the base run.
+        direction: "noising": base is the clean prompt, source its twin. "denoising": the other way round.
+        positions: "END", "all", a role or a list of roles: where a head would be patched.
+        batch: prompts in one pass; its activations and gradients are held at once.
+
+    Returns:
+        Effects with `base`, `source` and `mlps`.
+
+    Raises:
+        ValueError: for a metric without a gradient (KL, accuracies), before any pass; an unknown direction; an encoder.
+        LookupError: for an unknown role.
+    """
+    read, task = _differentiable(metric), _turned(task, direction)
+    decoder_only(model)
+    task.at(positions)
+    parts = [_first_order(model, part, read, positions) for part in task.batches(batch)]
+    heads, mlps, base, source = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Effects(heads, base, source, f"change of {read.name}, first order", mlps)
+
+
+def _first_order(model, part: Task, read: Metric, positions):
+    mask = part.at(positions)
+    at = mask.any(0).nonzero().flatten()  # positions that any prompt asks for
+    source_z, source_mlp, source_logits = _activations(model, part.corrupted, at, gradient=False)
+    z, mlp, logits = _activations(model, part.ids, at, gradient=True)
+    with torch.enable_grad():
+        base = _read(part, read, logits)
+        slopes = torch.autograd.grad(base.sum(), [*z, *mlp])
+    rows = []
+    for ours, theirs, slope in zip([*z, *mlp], [*source_z, *source_mlp], slopes, strict=True):
+        here = at.to(ours.device)
+        change = (theirs.float() - ours.detach()[:, here].float()) * slope[:, here].float()
+        where = mask[:, at].to(change.device).float()
+        rows.append((change.sum(-1) * where.view(*where.shape, *[1] * (change.dim() - 3))).sum(1).cpu())
+    heads, mlps = torch.stack(rows[: len(z)], 1), torch.stack(rows[len(z) :], 1)
+    return heads, mlps, base.detach().cpu(), _read(part, read, source_logits).cpu()
+
+
+def integrated_gradients(model, task: Task, metric: str | Metric = logit_difference, *, source: str = "corrupted",
+                         direction: str = "noising", positions="END", steps: int = 8, batch: int = 16):  # fmt: skip
+    """Effects that add up: gradients along the way from all heads as they are to all heads replaced.
+
+    Every head gets a gate g: it writes z' + g (z - z'), with z as this run computes it and z' the source's. The effect of a
+    head is minus the integral of the metric's gradient in its gate while all gates open together from 0 to 1
+    (Sundararajan et al. 2017, for gates). Their sum is the metric with all gates closed minus that with all gates open:
+    a joint replacement shared out, where patching one head at a time need not add up.
+
+    Args:
+        source: "corrupted" (z' from the twin prompt) or "zero". Where what attention writes is normalised (Gemma 2 and 3),
+            the metric jumps as all gates of a layer reach zero at once, and effects from "zero" do not add up.
+        direction, positions: as in `attribution_patching`.
+        steps: points of a Gauss-Legendre rule; with too few the effects do not add up. Compare `samples.sum((1, 2))`
+            with `source - base`.
+        batch: prompts in one pass.
+
+    Returns:
+        Effects whose `base` is the metric with all gates open, the plain run, and `source` with all gates closed.
+
+    Raises:
+        ValueError: as `attribution_patching`; and for an unknown source or fewer than one step.
+    """
+    read, task = _differentiable(metric), _turned(task, direction)
+    decoder_only(model)
+    if source not in ("corrupted", "zero") or steps < 1:
+        raise ValueError(f"source={source!r}, steps={steps}: expected 'corrupted' or 'zero', and at least one step")
+    task.at(positions)
+    parts = [_line(model, part, read, source, positions, steps) for part in task.batches(batch)]
+    heads, base, closed = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Effects(heads, base, closed, f"change of {read.name}, integrated gradients")
+
+
+def _line(model, part: Task, read: Metric, source: str, positions, steps: int):
+    """Line integral of one batch: effects `[prompt, layer, head]`, and the metric with all gates open and closed."""
+    mask, replaced = part.at(positions), None
+    if source == "corrupted":
+        replaced = _activations(model, part.corrupted, torch.arange(part.ids.shape[1]), gradient=False)[0]
+    shape = (len(part), model.anatomy.n_layers, model.anatomy.n_heads)
+    total, nodes = torch.zeros(shape), np.polynomial.legendre.leggauss(steps)
+    for node, weight in zip(*nodes, strict=True):
+        gates = torch.full(shape, (node + 1) / 2, device=model.device, requires_grad=True)
+        with torch.enable_grad():
+            value = _gated(model, part, read, gates, replaced, mask)
+            total -= torch.autograd.grad(value.sum(), gates)[0].cpu() * weight / 2
+    with torch.no_grad():
+        gates = [torch.full(shape, g, device=model.device) for g in (1.0, 0.0)]
+        ends = [_gated(model, part, read, gate, replaced, mask).cpu() for gate in gates]
+    return total, *ends
+
+
+def _gated(model, part: Task, read: Metric, gates: torch.Tensor, replaced, mask: torch.Tensor) -> torch.Tensor:
+    """The metric, `[prompt]`, with every head gated at the masked positions."""
+    with model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
+        for i, layer in enumerate(model.layers):
+            z = layer.attn.heads
+            other = torch.zeros_like(z) if replaced is None else replaced[i]
+            gate = gates[:, i, None, :, None].to(z)
+            layer.attn.heads = torch.where(mask[:, :, None, None].to(z.device), other + gate * (z - other), z)
+        logits = model.logits[:, -1].float().save()
+    return _read(part, read, logits)
+
+
+# ----------------------------------------------------------------------------------- logit lens
+
+
+@torch.no_grad()
+def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch: int = 64) -> torch.Tensor:
+    """What the model would answer if it stopped early: the residual stream at END through final norm and unembedding.
+
+    Args:
+        metric: any; KL compares with the last layer.
+
+    Returns:
+        `[layer + 1, prompt]`: the stream that enters each layer, and last the one that leaves the model, whose metric is
+        the model's own. Float32, on the CPU.
+    """
+    read = metric_of(metric)
+    decoder_only(model)
+    found = []
+    for part in task.batches(batch):
+        with model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
+            streams = nnsight.save([])
+            for layer in model.layers:
+                streams.append(layer.input[:, -1])
+            streams.append(model.layers[-1].output[:, -1])
+        base, rows = None, []
+        for x in reversed(streams):  # the last first: it is what KL compares with
+            logits = _unembed(model, x, read.columns(part))
+            base = logits if base is None else base
+            rows.append(read(logits, part, base).cpu())
+        found.append(torch.stack(rows[::-1]))
+    return torch.cat(found, dim=1)
+
+
+def _unembed(model, x: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    """`[prompt, d_model]` -> logits `[prompt, column]` float32 through the model's own final norm."""
+    unembed, final = model.unembed._module, model.final_norm._module
+    x = final(x.to(final.weight.device)).to(unembed.weight.device)
+    if columns is None:
+        return _capped(model, unembed(x).float())
+    columns = columns.to(x.device)
+    logits = torch.einsum("pm,pcm->pc", x.float(), unembed.weight[columns].float())
+    bias = getattr(unembed, "bias", None)
+    return _capped(model, logits if bias is None else logits + bias[columns].float())
