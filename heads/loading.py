@@ -103,15 +103,23 @@ def _quietly():
             logging.enable_progress_bar()
 
 
+def wrap(module: torch.nn.Module, tokenizer) -> Model:
+    """A transformers module that exists already, with the standard names; `load` also checks and records it."""
+    module.set_attn_implementation(attention.NAME)
+    with _quietly():
+        model = Model(module, tokenizer=tokenizer, **anatomy.vocabulary(module.config))
+    model._module.eval().requires_grad_(False)
+    model.anatomy = anatomy.bind(model)
+    return model
+
+
 def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
     if name.startswith("tiny-"):
         module, tokenizer = tiny.build(name.removeprefix("tiny-"), seed)
-        module.set_attn_implementation(attention.NAME)
         place = "cpu" if device == "spread" else device
-        with _quietly():
-            model = Model(module.to(place, kind), tokenizer=tokenizer, **anatomy.vocabulary(module.config))
+        model = wrap(module.to(place, kind), tokenizer)
         record = {"name": name, "revision": f"seed {seed}", "sha256": tiny.sha256(module)}
     else:
         folder = str(models.fetch(name)) if name in models.ZOO else name

@@ -85,11 +85,11 @@ def test_noising_and_denoising_share_their_runs(llama):
     np.testing.assert_allclose(noise.source, denoise.base, atol=1e-5)
 
 
-def test_a_head_without_output_weights_scores_exactly_zero():
+def test_a_head_without_output_weights_scores_zero():
     model = heads.load("tiny-llama", device="cpu")  # its own copy: the weights are edited
     heads.output_projection(model, 1)[8:16] = 0  # head 1 of layer 1
     found = heads.ablation_scores(model, toy(model), "zero", progress=False)
-    assert (found.samples[:, 1, 1] == 0).all()
+    assert np.abs(found.samples[:, 1, 1]).max() < 1e-5 < np.abs(found.samples[:, 1, 0]).max()
 
 
 @settings(max_examples=10, deadline=None)

@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m tests.benchmarks [--quick] [NAME ...]`; no name means all.
+"""Run benchmarks: `python -m tests.benchmarks [--quick] [NAME ...]`; no name means all but those for a GPU.
 
 Each writes figures/benchmarks/NAME.json with a figure. `--quick` takes tiny sizes, to see that it works, and
 writes below runs/ instead. For numbers worth keeping, let the machine do nothing else.
@@ -10,7 +10,13 @@ import importlib
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("detect", "conditions", "memory")
+# name -> module, or module:function where a module holds several
+BENCHMARKS = {
+    "detect": "detect", "conditions": "conditions", "memory": "memory",
+    "sweep-end": "sweeps:end", "sweep-all": "sweeps:everywhere", "path": "sweeps:path",
+    "gpu-sweep-end": "gpu:end", "gpu-sweep-all": "gpu:everywhere", "gpu-path": "gpu:path",
+}  # fmt: skip
+NAMES = tuple(BENCHMARKS)
 
 
 def table(records: list[dict]) -> Table:
@@ -32,8 +38,11 @@ def main():
     chosen = parser.parse_args()
     if unknown := set(chosen.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
-    names = chosen.names or NAMES
-    records = [importlib.import_module(f"tests.benchmarks.{name}").run(chosen.quick) for name in names]
+    names = chosen.names or [name for name in NAMES if not name.startswith("gpu-")]
+    records = []
+    for name in names:
+        module, _, function = BENCHMARKS[name].partition(":")
+        records.append(getattr(importlib.import_module(f"tests.benchmarks.{module}"), function or "run")(chosen.quick))
     Console().print(table(records))
 
 

@@ -111,7 +111,7 @@ def write(name: str, fig, data, quick: bool, *, unit: str, peer_is: str, equal_t
 
     `ours`, `peer` and `ratio` at the top are those of the largest size at which both ran.
     """
-    head = max((row for row in sizes if row["peer"]), key=lambda row: row["size"])
+    head = max((row for row in sizes if row["peer"]), key=lambda row: row["size"], default=sizes[-1])
     record = {
         "name": name,
         "ours": head["ours"],
