@@ -37,10 +37,11 @@ PEER = (
     "paper's released code does"
 )
 NOTE = (
-    "Prefill is the same arithmetic for both and does not shrink: ratio_limit is the ratio if decoding cost nothing. Decoding "
-    "gains decode_ratio, less than the number of samples: the weights are read once for all of them, but a product with a few "
-    "rows costs the CPU more than one with a single row, and every sample's own keys and values are still read. Memory: ours "
-    "holds the caches of all samples. Ours and alone run the very same prefill: where its times differ, that is noise."
+    "Prefill is the same arithmetic for both and does not shrink: ratio_limit is the ratio if decoding cost nothing. "
+    "Decoding gains decode_ratio, less than the number of samples: the weights are read once for all of them, but a product "
+    "with a few rows costs the CPU more than one with a single row, and every sample's own keys and values are still read. "
+    "Memory: ours holds the caches of all samples. Ours and alone run the very same prefill: where its times differ, that is "
+    "noise."
 )
 
 
