@@ -107,7 +107,8 @@ def halves(task: Task, *roles: str) -> torch.Tensor:
 def test_forced_rows_equal_a_computation_by_hand(any_model, where):
     task, plain = task_of(any_model, 3), plain_of(any_model)
     weights = halves(task, "subject", "object")
-    given, at = {"last": (-1, 19), "number": (14, 14), "each": (torch.tensor([13, -1, 17]), torch.tensor([13, 19, 17]))}[where]
+    each = torch.tensor([13, -1, 17]), torch.tensor([13, 19, 17])
+    given, at = {"last": (-1, 19), "number": (14, 14), "each": each}[where]
     found = logits_of(force_attention(any_model, CHOSEN, weights, given), task.ids)
     near(found, forced_by_hand(plain, task.ids, CHOSEN, weights, at))
     assert (found - plain_logits(any_model, task.ids)).abs().max() > 1e-2

@@ -19,7 +19,8 @@ def task_of(model, prompts: int = 5, length: int = 10, foils: int = 2, twins: st
     if twins == "near":
         corrupted = torch.where(torch.arange(length) == 4, corrupted, ids)
         corrupted[:, 4] = torch.where(corrupted[:, 4] == ids[:, 4], corrupted[:, 4] + 1, corrupted[:, 4])
-    tokens = torch.stack([torch.randperm(200, generator=torch.Generator().manual_seed(i))[: foils + 1] + 5 for i in range(prompts)])
+    drawn = [torch.randperm(200, generator=torch.Generator().manual_seed(i)) for i in range(prompts)]
+    tokens = torch.stack(drawn)[:, : foils + 1] + 5
     roles = {"subject": torch.arange(prompts) % 3 + 2}
     return Task("random", ids, tokens[:, 0], tokens[:, 1:], corrupted, roles)
 
@@ -213,7 +214,8 @@ def test_more_steps_do_not_change_a_converged_integral(llama):
 def test_the_batch_and_the_order_of_prompts_change_nothing(llama):
     task, order = task_of(llama), [3, 1, 4, 0, 2]
     for verb in (direct_attribution, attribution_patching, integrated_gradients):
-        near(torch.tensor(verb(llama, task, batch=2).samples[order]), torch.tensor(verb(llama, task[order]).samples), scale=5)
+        found, other = verb(llama, task, batch=2), verb(llama, task[order])
+        near(torch.tensor(found.samples[order]), torch.tensor(other.samples), scale=5)
 
 
 def test_no_gradient_is_left_behind(llama):
