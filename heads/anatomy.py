@@ -328,8 +328,9 @@ def output_projection(model, layer) -> torch.Tensor:
     """
     layer = model.layers[layer] if isinstance(layer, int) else layer
     module = layer.attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
-    # GPT-2 keeps [in, out] in a Conv1D, everybody else [out, in] in a Linear
-    return module.weight if type(module).__name__ == "Conv1D" else module.weight.T
+    module = getattr(module, "base_layer", module)  # where an adapter of peft sits around it
+    # GPT-2 keeps [in, out] in a Conv1D, everybody else [out, in] in a Linear; one that is being tuned is a subclass
+    return module.weight if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) else module.weight.T
 
 
 def projection_envoy(model, layer: int):
