@@ -160,6 +160,25 @@ def generate_shows_every_step(model):
             near(a.transpose(1, 2)[shown], b.transpose(1, 2)[shown])
 
 
+def a_sweep_is_cutting_one_head_after_the_other(model):
+    """Zeroed by a hook on plain transformers, whole prompts, all heads: the same change of the logit difference."""
+    from test_sweep import naive, toy
+
+    found = heads.ablation_scores(model, toy(model), "zero", progress=False)
+    near(torch.tensor(found.samples).float(), naive(model, toy(model), "zero", "all")[0])
+
+
+def fast_paths_are_the_literal_passes(model):
+    """Path patching to logits and to queries, heads and MLPs as senders: both engines agree."""
+    from test_sweep import toy
+
+    for receivers in ((), [(2, 0), (3, 2)]):
+        route = dict(receivers=receivers, scan="last", mlp_senders=True, progress=False)
+        fast, slow = (heads.path_scores(model, toy(model), engine=engine, **route) for engine in ("fast", "literal"))
+        near(torch.tensor(fast.samples), torch.tensor(slow.samples))
+        near(torch.tensor(fast.mlp_samples), torch.tensor(slow.mlp_samples))
+
+
 CHECKS = {
     "heads sum": heads_sum_to_the_attention_output,
     "knock-out": zeroing_a_head_is_knocking_it_out,
@@ -168,6 +187,8 @@ CHECKS = {
     "pattern": patterns_are_eager_attention,
     "padding": patterns_of_a_padded_batch,
     "generate": generate_shows_every_step,
+    "sweep": a_sweep_is_cutting_one_head_after_the_other,
+    "paths": fast_paths_are_the_literal_passes,
 }
 
 
@@ -180,7 +201,7 @@ def outcome(family: str, check: str) -> Exception | None:
 
 
 def applies(family: str, check: str) -> bool:
-    return check != "generate" or family in DECODERS
+    return check not in ("generate", "sweep", "paths") or family in DECODERS
 
 
 @pytest.mark.parametrize("family, check", [(f, c) for f in TINY for c in CHECKS if applies(f, c)])
