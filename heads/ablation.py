@@ -6,12 +6,14 @@ was, and ablations stack. A set of heads is ablated jointly, in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 
 import nnsight
 import torch
+from torch.nn.functional import pad
 
 KINDS = ("zero", "mean", "resample", "uniform")
 PHASES = ("both", "prefill", "decode")
@@ -148,36 +150,62 @@ def reference_values(model, texts, kind: str, per_position: bool = True, seed: i
     return head_means(model, texts, per_position=per_position or kind == "resample")
 
 
-def head_means(model, texts: list[str], per_position: bool = True) -> torch.Tensor:
-    """Mean of every head's z over texts, streamed one text at a time.
+def head_means(model, texts, per_position: bool | None = None, *, positions=None, batch: int = 1) -> torch.Tensor:
+    """Mean of every head's z over texts, streamed: one batch of texts is held at a time.
+
+    Args:
+        texts: texts, or token ids `[1, position]`; any iterable.
+        per_position: a mean for each position (if no positions are chosen, the default), or one over all.
+        positions: only these, absolute or negative from the end of each text: `[-1]` is the last token.
+        batch: texts in one forward pass.
 
     Returns:
-        `[layer, position, head, d_head]`, or `[layer, head, d_head]` over all positions and texts.
+        `[layer, head, d_head]`, or `[layer, position, head, d_head]` with `per_position`; float32.
 
     Raises:
-        ValueError: if a mean per position is asked of texts of different lengths.
+        ValueError: without texts; if a mean per position is asked of texts of different lengths.
+        IndexError: a position beyond the end of a text.
     """
+    per_position = positions is None if per_position is None else per_position
     total, count, length = 0, 0, None
-    for text in texts:
-        ids = text if isinstance(text, torch.Tensor) else model.ids(text)
-        if per_position and length not in (None, ids.shape[1]):
+    for z in _activations(model, texts, positions, batch):
+        if per_position and length not in (None, z.shape[1]):
             raise ValueError(
-                f"a mean per position needs texts of equal length, got {length} and {ids.shape[1]} tokens: "
+                f"a mean per position needs texts of equal length, got {length} and {z.shape[1]} tokens: "
                 "use one template, or per_position=False"
             )
-        length = ids.shape[1]
-        z = _heads(model, ids)
+        length = z.shape[1]
         total = total + (z if per_position else z.sum(1))
         count += 1 if per_position else length
     if not count:
-        raise ValueError("the reference holds no text")
+        raise ValueError("the reference holds no text, or no position")
     return total / count
 
 
-def _heads(model, ids: torch.Tensor) -> torch.Tensor:
-    """z of every head on one prompt, `[layer, position, head, d_head]`, float32."""
-    with torch.no_grad(), model.trace(ids):
-        z = nnsight.save([])
-        for layer in model.layers:
-            z.append(layer.attn.heads[0].float())
-    return torch.stack([x.to(z[0].device) for x in z])
+def head_activations(model, texts, position: int = -1, batch: int = 1) -> torch.Tensor:
+    """Every head's z at one position of each text, `[text, layer, head, d_head]`, float32: what probes are fitted on."""
+    found = [z[:, 0] for z in _activations(model, texts, [position], batch)]
+    if not found:
+        raise ValueError("there are no texts")
+    return torch.stack(found)
+
+
+def _activations(model, texts, positions, batch: int) -> Iterator[torch.Tensor]:
+    """z of every head for each text in turn, `[layer, position, head, d_head]`, float32; at some positions, or all."""
+    texts = iter(texts)
+    while group := [x if isinstance(x, torch.Tensor) else model.ids(x) for x in islice(texts, batch)]:
+        longest = max(ids.shape[1] for ids in group)
+        inputs = {"input_ids": torch.cat([pad(ids, (0, longest - ids.shape[1])) for ids in group]).to(model.device)}
+        if any(ids.shape[1] < longest for ids in group):
+            mask = torch.cat([pad(torch.ones_like(ids), (0, longest - ids.shape[1])) for ids in group])
+            inputs["attention_mask"] = mask.to(model.device)
+        with torch.no_grad(), model.trace(**inputs):
+            z = nnsight.save([])
+            for layer in model.layers:
+                z.append(layer.attn.heads.float())
+        for row, ids in enumerate(group):
+            n = ids.shape[1]
+            if beyond := [p for p in positions or () if not -n <= p < n]:
+                raise IndexError(f"position {beyond[0]} of a text with {n} tokens")
+            at = slice(n) if positions is None else [p % n for p in positions]
+            yield torch.stack([x[row, at].to(z[0].device) for x in z])

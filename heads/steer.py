@@ -1,0 +1,278 @@
+"""Steering: add a vector to what heads write, scale it, or put another in its place, by as much as a gate says.
+
+    steering = heads.Steering(model, vectors, gates, how="mix", positions=[-1], decode=False)
+    model_with_it = steering.edited       # an edited model: trace and generate as usual
+    steering.save("antonyms.safetensors", recipe={"prompts": 50})
+    again = heads.Steering.load("antonyms.safetensors", model)
+
+Vectors and gates may be tensors that require gradients, or functions that return them, so that the same object
+that is trained is the one that is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from heads.anatomy import names_of
+
+HOW = ("add", "scale", "mix", "replace")
+FORMAT = "heads steering 1"
+Values = torch.Tensor | float | Callable[[], torch.Tensor]
+
+
+class Steering:
+    """What steering does to a model; `edited` is the model it is done to.
+
+    With z what a head writes, v its vector and g its gate:
+
+        add       z + g v             (an offset: LoFiT, ITI, function vectors)
+        scale     (1 + g v) z         (entry by entry: LoFiT's first step)
+        mix       (1 - g) z + g v     (g in [0, 1]: soft injection)
+        replace   v where g is 1, z where it is 0
+
+    Args:
+        vectors: `[layer, head, d_head]`; with `heads`, `[len(heads), d_head]` in their order. A tensor, or a
+            function without arguments that returns one and is called in every forward pass.
+        gates: a number, `[layer, head]`, or `[len(heads)]` with `heads`; or a function.
+        heads: (layer, head) pairs that are steered; all if None. The others are never touched.
+        positions: where in the prompt: None (everywhere), a list of positions, or booleans `[row, position]`. They
+            count real tokens, with padding on either side: 0 is a row's first, -1 its last. The prompt is what the
+            first forward pass of a trace or of `generate` is given.
+        decode: which of the tokens that are fed back while generating: True (all), False (none), or a list of
+            their numbers, the first one being 1.
+
+    Raises:
+        ValueError: a vector of another model or width, a gate outside its range, values that are not finite.
+        IndexError: a head that does not exist.
+    """
+
+    def __init__(self, model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None,
+                 decode=True):  # fmt: skip
+        if how not in HOW:
+            raise ValueError(f"how={how!r}: expected one of {HOW}")
+        self.model, self.vectors, self.gates, self.how = model, vectors, gates, how
+        anatomy = model.anatomy
+        self.heads = None if heads is None else [(int(layer), int(head)) for layer, head in heads]
+        if self.heads is not None and len(anatomy.check(self.heads)) != len(self.heads):
+            raise ValueError("a head is listed twice: its vector would be ambiguous")
+        given = positions is None or isinstance(positions, torch.Tensor)
+        self.positions = positions if given else [int(p) for p in positions]
+        self.decode = decode if isinstance(decode, bool) else sorted({int(n) for n in decode})
+        everywhere = torch.ones(anatomy.n_layers, anatomy.n_heads, dtype=torch.bool)
+        self._mask = everywhere if self.heads is None else torch.zeros_like(everywhere)
+        for head in self.heads or []:
+            self._mask[head] = True
+        self.layers = self._mask.any(1).nonzero().flatten().tolist()
+        self.tables()  # refuses what does not fit, before anything runs
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors `[layer, head, d_head]` and gates `[layer, head, 1]` as they are now, checked."""
+        anatomy, n = self.model.anatomy, len(self.heads or [])
+        vectors = self.vectors() if callable(self.vectors) else self.vectors
+        gates = self.gates() if callable(self.gates) else self.gates
+        gates = (gates if isinstance(gates, torch.Tensor) else torch.tensor(float(gates))).to(vectors.device)
+        whole, table = (anatomy.n_layers, anatomy.n_heads, anatomy.d_head), (anatomy.n_layers, anatomy.n_heads)
+        if vectors.shape not in ((whole,) if self.heads is None else (whole, (n, anatomy.d_head))):
+            listed = f" or [{n}, {anatomy.d_head}] for the listed heads" if self.heads is not None else ""
+            raise ValueError(
+                f"the vectors are {list(vectors.shape)}, this model ({self.model.record['name']}) has {list(whole)} "
+                f"[layer, head, d_head]{listed}: they belong to another model"
+            )
+        if gates.shape not in (((), table) if self.heads is None else ((), table, (n,))):
+            raise ValueError(f"the gates are {list(gates.shape)}, expected a number or {list(table)} [layer, head]")
+        self._check(vectors.detach(), gates.detach())
+        if vectors.dim() == 2:
+            vectors = self._spread(vectors, whole)
+        if gates.dim() == 1:
+            gates = self._spread(gates, table)
+        return vectors, gates.expand(table)[..., None]
+
+    def _spread(self, values: torch.Tensor, shape) -> torch.Tensor:
+        index = tuple(torch.tensor(part, dtype=torch.long, device=values.device) for part in zip(*self.heads))
+        return values.new_zeros(shape).index_put(index, values) if self.heads else values.new_zeros(shape)
+
+    def _check(self, vectors, gates) -> None:
+        for what, values in (("vectors", vectors), ("gates", gates)):
+            if not values.isfinite().all():
+                raise ValueError(f"{int((~values.isfinite()).sum())} of the {what}' numbers are not finite")
+        low, high = (gates.min().item(), gates.max().item()) if gates.numel() else (0, 0)
+        if self.how == "mix" and not 0 <= low <= high <= 1:
+            raise ValueError(f"how='mix' takes gates from 0 to 1, got {low:.4g} to {high:.4g}: pass them through a sigmoid")
+        if self.how == "replace" and not ((gates == 0) | (gates == 1)).all():
+            raise ValueError(f"how='replace' takes gates of 0 or 1, got {low:.4g} to {high:.4g}: use how='mix'")
+
+    def change(self, z: torch.Tensor, layer: int, tables, at: torch.Tensor | None) -> torch.Tensor:
+        """The steered z, `[row, position, head, d_head]`; `at` is `[row or 1, position]`, None for everywhere."""
+        vector, gate = (table[layer].to(z.device) for table in tables)
+        x = z.to(torch.promote_types(z.dtype, vector.dtype))
+        if self.how == "add":
+            new = x + gate * vector
+        elif self.how == "scale":
+            new = x + gate * vector * x
+        elif self.how == "mix":
+            new = (1 - gate) * x + gate * vector
+        else:
+            new = torch.where(gate > 0.5, vector, x)
+        chosen = self._mask[layer][:, None]
+        if at is not None:
+            chosen = chosen & at.cpu()[:, :, None, None]
+        return new.to(z.dtype) if chosen.all() else torch.where(chosen.to(z.device), new.to(z.dtype), z)
+
+    def where(self, step: int, inputs: dict) -> torch.Tensor | None:
+        """Which positions of a forward pass are steered: `[row or 1, position]` booleans, None for all of them.
+
+        Args:
+            step: 0 for the first pass of a run, which reads the prompt; then 1, 2, ...
+            inputs: what the model is called with.
+        """
+        ids = inputs.get("input_ids")
+        rows, length = (ids if ids is not None else inputs["inputs_embeds"]).shape[:2]
+        if step:
+            on = self.decode if isinstance(self.decode, bool) else step in self.decode
+            return torch.full((1, length), on)
+        if self.positions is None:
+            return None
+        if isinstance(self.positions, torch.Tensor):
+            if self.positions.shape != (rows, length):
+                raise ValueError(f"positions are {list(self.positions.shape)}, the prompt {[rows, length]} [row, position]")
+            return self.positions.bool()
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            past = inputs.get("past_key_values")
+            mask = torch.ones(1, length + (past.get_seq_length() if past is not None else 0))
+        count = mask.cpu().long().cumsum(-1)  # 1 for a row's first real token
+        wanted = torch.zeros_like(count, dtype=torch.bool)
+        for p in self.positions:
+            wanted |= count == (p + 1 if p >= 0 else count[:, -1:] + p + 1)
+        return (wanted & mask.cpu().bool())[:, -length:]
+
+    @property
+    def edited(self):
+        """The steered model; the model itself is unchanged, and edits stack."""
+        steering = self
+        with self.model.edit() as (tracer, edited):
+            for step in tracer.iter[:]:
+                steering.apply(edited, step)
+        return edited
+
+    def apply(self, model, step: int) -> None:
+        """Steer the pass that is running. Call inside a trace, once per forward."""
+        args, kwargs = model.inputs  # read even if nothing is steered: an iterated step that asks for nothing never ends
+        at = self.where(step, _named(args, kwargs))
+        if at is not None and not at.any():
+            return
+        tables = self.tables()
+        for i in self.layers:
+            attn = model.layers[i].attn
+            attn.heads = self.change(attn.heads, i, tables, at)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """The same by plain torch hooks on the loaded module, for as long as the `with` block lasts: for training.
+
+        Every forward counts as a first pass. Backward belongs into the block, too: with `heads.train.checkpointing`
+        layers are run once more there, and have to be steered once more.
+        """
+        module, now = self.model._module, {}
+
+        def start(_, args, kwargs):
+            now["at"], now["tables"] = self.where(0, _named(args, kwargs)), self.tables()
+
+        def edit(layer):
+            def hook(_, args):
+                z = args[0].unflatten(-1, (self.model.anatomy.n_heads, -1))
+                return (self.change(z, layer, now["tables"], now["at"]).flatten(-2), *args[1:])
+
+            return hook
+
+        proj = names_of(self.model.config.get_text_config()).proj
+        handles = [module.register_forward_pre_hook(start, with_kwargs=True)]
+        for i in self.layers:
+            handles.append(self.model.layers[i].attn._module.get_submodule(proj).register_forward_pre_hook(edit(i)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def save(self, path, recipe: dict | None = None) -> Path:
+        """Write vectors and gates as safetensors, with the model they were learnt on and how.
+
+        Args:
+            recipe: how they were made (data, steps, seed, ...), anything that JSON can hold.
+        """
+        if isinstance(self.positions, torch.Tensor):
+            raise ValueError("positions [row, position] belong to one batch and cannot be saved: give a list of positions")
+        vectors, gates = (table.detach().cpu().float().contiguous() for table in self.tables())
+        about = {
+            "format": FORMAT, "model": _identity(self.model), "how": self.how, "heads": self.heads,
+            "positions": self.positions, "decode": self.decode, "recipe": recipe or {},
+        }  # fmt: skip
+        path = Path(path)
+        save_file({"vectors": vectors, "gates": gates.squeeze(-1).clone()}, path, {"heads": json.dumps(about)})
+        return path
+
+    @classmethod
+    def load(cls, path, model) -> Steering:
+        """A saved steering for the model it was learnt on; `recipe` is what was said of it.
+
+        Raises:
+            ValueError: if the file is no steering, or was learnt on another model; the message names both.
+        """
+        tensors, about = _read(path)
+        saved, here = about["model"], _identity(model)
+        # the weights decide, whatever the model is called here; without their digest, name and revision do
+        same = ("sha256",) if saved["sha256"] and here["sha256"] else ("name", "revision")
+        wrong = [key for key in (*same, "family", "layers", "heads", "d_head") if saved[key] != here[key]]
+        if wrong:
+            raise ValueError(
+                f"{Path(path).name} was learnt on {saved['name']} and does not fit {here['name']}: they differ in "
+                + ", ".join(f"{key} ({saved[key]} there, {here[key]} here)" for key in wrong)
+            )
+        vectors, gates = (tensors[key].to(model.device) for key in ("vectors", "gates"))
+        where = {key: about[key] for key in ("heads", "positions", "decode")}
+        found = cls(model, vectors, gates, about["how"], **where)
+        found.recipe = about["recipe"]
+        return found
+
+    def __repr__(self) -> str:
+        count = "all heads" if self.heads is None else f"{len(self.heads)} heads"
+        where = "everywhere" if self.positions is None else f"at positions {self.positions}"
+        if isinstance(self.positions, torch.Tensor):
+            where = "at given positions"
+        return f"Steering({self.how}, {count} of {self.model.record['name']}, {where}, decode={self.decode})"
+
+
+def steered(model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None, decode=True):
+    """The model with its heads steered: `Steering(...).edited`. See `Steering` for the arguments."""
+    return Steering(model, vectors, gates, how, heads=heads, positions=positions, decode=decode).edited
+
+
+def _named(args, kwargs) -> dict:
+    return {**({"input_ids": args[0]} if args else {}), **kwargs}
+
+
+def _identity(model) -> dict:
+    """What says whether two models are the same one, whatever they are stored in."""
+    anatomy, record = model.anatomy, model.record
+    named = {key: record.get(key) for key in ("name", "revision", "sha256")}
+    return named | {"family": anatomy.family, "layers": anatomy.n_layers, "heads": anatomy.n_heads, "d_head": anatomy.d_head}
+
+
+def _read(path) -> tuple[dict, dict]:
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("heads", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{Path(path).name} is no safetensors file: {error}") from None
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{Path(path).name} was not written by Steering.save: it lacks the mark {FORMAT!r}")
+    return tensors, about
