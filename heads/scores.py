@@ -18,7 +18,7 @@ class Overlap:
 
     `expected` is the hypergeometric mean k * k / N. Important heads cluster in a few layers, which
     raises the overlap of unrelated tasks: `null` is the mean over shuffles of heads within their layers,
-    and `p` the share of shuffles that reach the overlap found.
+    `high` their 95th percentile, and `p` the share of shuffles that reach the overlap found.
     """
 
     k: int
@@ -26,6 +26,7 @@ class Overlap:
     expected: float
     null: float
     p: float
+    high: float
 
     @property
     def share(self) -> float:
@@ -105,7 +106,8 @@ class HeadScores:
             table[head] = True
         null = np.array([(mine & rng.permuted(table, axis=1)).sum() for _ in range(n_shuffles)])
         shared = len(ours & theirs)
-        return Overlap(k, shared, k * k / len(self), float(null.mean()), float((null >= shared).mean()))
+        high, p = np.quantile(null, 0.95), (null >= shared).mean()
+        return Overlap(k, shared, k * k / len(self), float(null.mean()), float(p), float(high))
 
     def correlate(self, other: "HeadScores", method: str = "pearson") -> float:
         """Correlation over heads ("pearson" or "spearman"). A constant table has none: ValueError."""

@@ -67,7 +67,7 @@ def test_overlap_counts_shared_heads_and_its_null_stays_in_range(pair, data):
     found = pair[0].overlap(pair[1], k, n_shuffles=50)
     assert found.k == k and found.shared == len({*pair[0].top(k)} & {*pair[1].top(k)})
     assert found.share == found.shared / k and found.expected == k * k / len(pair[0])
-    assert 0 <= found.null <= k and 0 <= found.p <= 1
+    assert 0 <= found.null <= k and 0 <= found.p <= 1 and 0 <= found.high <= k
     assert pair[0].overlap(pair[0], k, n_shuffles=5).shared == k
 
 
@@ -75,7 +75,7 @@ def test_the_null_knows_that_important_heads_share_layers():
     """Both top sets fill layer 0, where shuffles within the layer cannot part them."""
     clustered = HeadScores(np.array([[1.0] * 8, *[[0.0] * 8] * 9]))
     found = clustered.overlap(clustered, 8)
-    assert (found.shared, found.null, found.p) == (8, 8, 1) and found.expected == pytest.approx(0.8)
+    assert (found.shared, found.null, found.p, found.high) == (8, 8, 1, 8) and found.expected == pytest.approx(0.8)
     spread = HeadScores(np.eye(8))
     found = spread.overlap(spread, 8)
     assert found.null == pytest.approx(1, abs=0.2) and found.p < 0.01
