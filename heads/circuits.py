@@ -310,8 +310,8 @@ def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.
 
 
 @torch.no_grad()
-def successor_score(model, lists: Lists, effective: str = "mlp0", *, with_input: bool = True, batch: int = 256,
-                    name: str = "successor score") -> ListScores:  # fmt: skip
+def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0", *, with_input: bool = True,
+                    batch: int = 256, name: str = "successor score") -> ListScores:  # fmt: skip
     """How often each head, from weights alone, ranks an item's successor first (Gould et al. 2023).
 
     A head is fed the effective embedding of a token; of the logits that its OV circuit gives, only those of the same
@@ -320,7 +320,8 @@ def successor_score(model, lists: Lists, effective: str = "mlp0", *, with_input:
     Args:
         lists: `heads.tasks.succession_lists(model)`; or name -> (ids `[item]`, pairs `[pair, 2]` of indices into ids: an
             item and its successor), one entry for each task and surface form. `relabelled` makes controls from them.
-        effective: see `effective_embedding`.
+        effective: see `effective_embedding`; or what that returned for the items of all lists in order, `[token, d_model]`
+            or `[layer, token, d_model]`: many controls on one set of lists then cost one pass of the model.
         with_input: whether the token that went in competes, as in the paper: a head that only copies then fails.
         batch: tokens in one pass of the model.
 
@@ -332,10 +333,12 @@ def successor_score(model, lists: Lists, effective: str = "mlp0", *, with_input:
     """
     lists = _checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])
-    x = effective_embedding(model, ids, effective, batch=batch)
+    x = effective if isinstance(effective, torch.Tensor) else effective_embedding(model, ids, effective, batch=batch)
+    if x.shape[-2] != len(ids):
+        raise ValueError(f"effective embeddings of {x.shape[-2]} tokens, but the lists with pairs hold {len(ids)} items")
     hits = {key: [] for key in lists}
     for layer in range(model.anatomy.n_layers):
-        z, right = _values(model, layer, x[layer] if effective == "resid" else x)
+        z, right = _values(model, layer, x[layer] if x.dim() == 3 else x)
         readout = unembedding(model, ids, layer).to(z.device)
         for (key, (members, pairs)), part, u in zip(lists.items(), *(y.split([len(m) for m, _ in lists.values()])
                                                                    for y in (z, readout)), strict=True):  # fmt: skip
@@ -348,7 +351,9 @@ def successor_score(model, lists: Lists, effective: str = "mlp0", *, with_input:
     return ListScores({key: torch.stack(layers, 1).numpy() for key, layers in hits.items()}, sizes, name)
 
 
-def copying_score(model, lists: Lists | torch.Tensor, effective: str = "mlp0", batch: int = 256) -> ListScores:
+def copying_score(
+    model, lists: Lists | torch.Tensor, effective: str | torch.Tensor = "mlp0", batch: int = 256
+) -> ListScores:
     """How often each head, from weights alone, ranks the token that it is fed first, among its list.
 
     Args:

@@ -217,6 +217,14 @@ def test_successor_score_equals_a_slow_loop(decoder, effective):
     assert found.pairs == {"open": 5, "cyclic": 4} and abs(found.chance - (5 / 6 + 4 / 4) / 9) < 1e-9
 
 
+@pytest.mark.parametrize("effective", KINDS)
+def test_effective_embeddings_may_be_handed_over(llama, effective):
+    x = effective_embedding(llama, torch.cat([ids for ids, _ in LISTS.values()]), effective)
+    assert (successor_score(llama, LISTS, x).values == successor_score(llama, LISTS, effective).values).all()
+    with pytest.raises(ValueError, match=f"of {x.shape[-2] - 1} tokens, but the lists with pairs hold {x.shape[-2]} items"):
+        successor_score(llama, LISTS, x[..., 1:, :])
+
+
 def test_lists_come_as_the_tasks_make_them(llama):
     from types import SimpleNamespace
 
