@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import nnsight
 import torch
 from tqdm import tqdm
 
@@ -52,7 +53,6 @@ class Summary:
         return f"{self.read} documents: {self.scored} scored{split}, {lost} skipped{why}; {self.tokens:,} tokens"
 
 
-@torch.no_grad()
 def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
     """Cross-entropy of every token but the first of each row, in nats: `[token - 1]` per row, float32 on the CPU.
 
@@ -60,10 +60,25 @@ def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
         model: a loaded decoder, edited or not.
         rows: token ids, of any lengths from two on; one forward pass for all, padded on the right.
     """
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
+    return _forward(model, rows)[0]
+
+
+@torch.no_grad()
+def _forward(model, rows, keep=(), resume: tuple | None = None) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
+    """Losses as `token_losses` gives them, and the residual stream entering the layers `keep`.
+
+    `resume`, a layer and the stream that enters it in an unedited run, spares the layers below: an edit does not
+    change them if it acts at that layer or above."""
+    length, device = max(map(len, rows)), model.device
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
     with model.trace(input_ids=ids, attention_mask=mask, use_cache=False):
+        if resume is not None:
+            for i in range(resume[0]):
+                model.layers[i].skip(resume[1])
+        kept = nnsight.save({})
+        for i in keep:
+            kept[i] = model.layers[i].input
         logits = model.logits.save()
     losses = []
     for row, target, tokens in zip(logits, ids, rows):
@@ -73,7 +88,7 @@ def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
             part, gold = row[start:stop].float(), target[start + 1 : stop + 1].to(row.device)
             parts.append(part.logsumexp(-1) - part.gather(-1, gold[:, None])[:, 0])
         losses.append(torch.cat(parts).cpu())
-    return losses
+    return losses, kept
 
 
 def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
@@ -113,8 +128,9 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     models, chosen = {}, {}
     for name, heads in conditions.items():
         edited = hasattr(heads, "trace")
-        models[name] = heads if edited else ablate(model, heads, kind) if heads else model
         chosen[name] = "a model" if edited else [[int(layer), int(head)] for layer, head in heads]
+        first = 0 if edited else min(chosen[name])[0] if heads else None  # the first layer that differs from the model's own
+        models[name] = (heads if edited else ablate(model, heads, kind) if heads else model), first
     run = {
         "model": model.record["name"], "sha256": model.record.get("sha256"), "conditions": chosen, "kind": kind,
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
@@ -228,8 +244,12 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         pieces += [(number, part) for part in parts if not reason]
     totals = {name: Counter() for name in models}
     for batch in _batches(pieces, tokens):
-        for name, edited in models.items():
-            for (number, _), losses in zip(batch, token_losses(edited, [ids for _, ids in batch])):
+        rows, keep = [ids for _, ids in batch], sorted({first for _, first in models.values() if first})
+        clean, streams = _forward(model, rows, keep)
+        for name, (edited, first) in models.items():
+            resume = (first, streams[first]) if first else None
+            found = clean if first is None else _forward(edited, rows, resume=resume)[0]
+            for (number, _), losses in zip(batch, found):
                 totals[name][number] += losses.double().sum().item()
         for number, ids in batch:
             records[number]["tokens"] += len(ids) - 1

@@ -58,6 +58,17 @@ def test_scores_equal_one_by_one_losses_under_every_condition(decoder, tmp_path)
     assert done.read == done.scored == 11 and not done.skipped and "11 scored" in str(done)
 
 
+@pytest.mark.parametrize("kind", ["zero", "uniform"])
+def test_starting_at_the_first_edited_layer_changes_nothing(decoder, tmp_path, kind):
+    """Conditions as lists of heads resume from the clean run; the same as edited models run from the start."""
+    sets = {"low": [(0, 1), (3, 2)], "middle": [(1, 0), (2, 3)], "high": [(3, 0), (3, 3)]}
+    score_documents(decoder, corpus(4), tmp_path / "a", sets, kind)
+    score_documents(decoder, corpus(4), tmp_path / "b", {name: heads.ablate(decoder, s, kind) for name, s in sets.items()})
+    for ours, theirs in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
+        for name in sets:
+            assert ours[f"loss_{name}"] == pytest.approx(theirs[f"loss_{name}"], abs=2e-5)
+
+
 def test_a_condition_may_be_any_edited_model(llama, tmp_path):
     edited = heads.ablate(llama, CHOSEN)
     score_documents(llama, corpus(3), tmp_path / "a", {"x": edited})
