@@ -7,6 +7,10 @@ import numpy as np
 from heads.scores import HeadScores
 
 
+def _array(x) -> np.ndarray | None:
+    return None if x is None else np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, float)
+
+
 class Effects(HeadScores):
     """Head scores that remember their prompts. The score is the mean change of the metric.
 
@@ -21,10 +25,12 @@ class Effects(HeadScores):
     """
 
     def __init__(self, samples, base, source=None, name: str = "change of logit difference", mlps=None):
-        array = lambda x: None if x is None else np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, float)  # noqa: E731
-        self.samples, self.base, self.source, self.mlp_samples = array(samples), array(base), array(source), array(mlps)
+        self.samples, self.base, self.source, self.mlp_samples = map(_array, (samples, base, source, mlps))
         if self.samples.ndim != 3 or self.base.shape != self.samples.shape[:1]:
-            raise ValueError(f"effects are [prompt, layer, head] with a base for each prompt, got {self.samples.shape} and {self.base.shape}")
+            raise ValueError(
+                "effects are [prompt, layer, head] with a base for each prompt, "
+                f"got {self.samples.shape} and {self.base.shape}"
+            )
         super().__init__(self.samples.mean(0), name)
 
     @property
@@ -45,8 +51,8 @@ class Effects(HeadScores):
         gap = float(self.source.mean() - self.base.mean())
         if abs(gap) < floor:
             raise ValueError(
-                f"base and source differ by {gap:.2g} in {self.name.removeprefix('change of ')}, below the floor of {floor:g}: "
-                "a share of nearly nothing means nothing. Use the raw effects, other prompts, or a lower floor"
+                f"base and source differ by {gap:.2g} in {self.name.removeprefix('change of ')}, below the floor of "
+                f"{floor:g}: a share of nearly nothing means nothing. Use the raw effects, other prompts, or a lower floor"
             )
         return gap
 

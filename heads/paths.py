@@ -86,7 +86,8 @@ class Route:
 
 def path_scores(model, task: Task, receivers=(), component: str = "q", *, position: str = "END", mlps: str = "recompute",
                 scan: str = "earliest", mlp_senders: bool = False, metric: str | Metric = logit_difference,
-                engine: str = "auto", batch: int = 16, tokens: int | None = None, progress: bool = True) -> Effects:  # fmt: skip
+                engine: str = "auto", batch: int = 16, tokens: int | None = None,
+                progress: bool = True) -> Effects:  # fmt: skip
     """Path patching with every head, one at a time, as the sender.
 
     Args:
@@ -126,7 +127,8 @@ def path_scores(model, task: Task, receivers=(), component: str = "q", *, positi
 
 
 def path_effect(model, task: Task, senders, receivers=(), component: str = "q", *, position: str = "END",
-                mlps: str = "recompute", metric: str | Metric = logit_difference, engine: str = "auto", batch: int = 16) -> torch.Tensor:  # fmt: skip
+                mlps: str = "recompute", metric: str | Metric = logit_difference, engine: str = "auto",
+                batch: int = 16) -> torch.Tensor:  # fmt: skip
     """Path patching with a set of senders at once: the change of the metric, `[prompt]`.
 
     Args:
@@ -145,7 +147,9 @@ def path_effect(model, task: Task, senders, receivers=(), component: str = "q", 
     if both := set(route.receivers) & set(senders):
         raise ValueError(f"head {min(both)} is sender and receiver: a path leads from one head to another")
     if receivers and (above := [s for s in senders if s[0] >= route.layers[-1]]):
-        raise ValueError(f"sender {above[0]} is not below any receiver (the last is in layer {route.layers[-1]}): a path goes upwards")
+        raise ValueError(
+            f"sender {above[0]} is not below any receiver (the last is in layer {route.layers[-1]}): a path goes upwards"
+        )
     return _patched(model, task, [tuple(sorted(senders, key=str))], route, named(metric), engine, batch, None, False)[2][0]
 
 

@@ -81,8 +81,8 @@ class Replay:
         self.n_layers, self.n_prompts = model.anatomy.n_layers, len(ids)
         if model.anatomy.encoder:
             raise ValueError(
-                f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, which has none: "
-                "cut its heads with heads.ablate(...) and read the masked position"
+                f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, "
+                "which has none: cut its heads with heads.ablate(...) and read the masked position"
             )
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
         self.prefix = self._prefill() if start else None
@@ -131,7 +131,9 @@ class Replay:
     def _keep_heads(self, module, args):
         self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
 
-    def layer(self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, **more) -> torch.Tensor:
+    def layer(
+        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, **more
+    ) -> torch.Tensor:
         """One layer on other rows: `[row, position, d_model]` -> the same.
 
         Args:
@@ -194,6 +196,6 @@ class Replay:
         error = (found - wanted).abs().max().item() / max(wanted.abs().max().item(), 1.0)
         if not error <= exact:
             raise ReplayError(
-                f"replaying a {self.model.anatomy.family} model layer by layer is off by {error:.1e} of its logits (allowed {exact:g}): "
-                "its layers need something that the clean run did not hand over. Use engine='literal'"
+                f"replaying a {self.model.anatomy.family} model layer by layer is off by {error:.1e} of its logits "
+                f"(allowed {exact:g}): its layers need something that the clean run did not hand over. Use engine='literal'"
             )

@@ -21,7 +21,8 @@ DIRECTIONS = ("noising", "denoising")
 
 
 def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metric: str | Metric = logit_difference, *,
-                    reference=None, batch: int = 32, tokens: int | None = None, seed: int = 0, progress: bool = True) -> Effects:  # fmt: skip
+                    reference=None, batch: int = 32, tokens: int | None = None, seed: int = 0,
+                    progress: bool = True) -> Effects:  # fmt: skip
     """What the metric loses when each head alone is cut: mean over prompts of edited minus base.
 
     Args:
@@ -45,7 +46,10 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metr
         raise ValueError(f"kind={kind!r} takes no reference")
     others = task.corrupted if reference is None else reference
     if others.shape[1:] != task.ids.shape[1:]:
-        raise ValueError(f"the reference holds prompts of {others.shape[1]} tokens, the task {task.ids.shape[1]}: positions must correspond")
+        raise ValueError(
+            f"the reference holds prompts of {others.shape[1]} tokens, the task {task.ids.shape[1]}: "
+            "positions must correspond"
+        )
     if kind == "resample":
         others = others[_others(len(task), len(others), seed)]
     where, read = task.at(positions), named(metric)

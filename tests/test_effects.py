@@ -82,7 +82,9 @@ def test_a_contrast_needs_options(llama):
     task = toy(llama)
     found = metrics.evaluate(llama, task, metrics.contrast(range(10, 20)))
     logits = logits_of(llama, task.ids)[:, -1]
-    torch.testing.assert_close(found, logits.gather(-1, task.answers[:, None])[:, 0] - logits[:, 10:20].mean(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        found, logits.gather(-1, task.answers[:, None])[:, 0] - logits[:, 10:20].mean(-1), atol=1e-4, rtol=1e-4
+    )
     with pytest.raises(ValueError, match="two options"):
         metrics.contrast([1])
 
@@ -109,7 +111,11 @@ def test_a_task_that_cannot_be_meant_is_refused(change, said):
 
 def test_parts_of_a_task():
     task = Task(**parts(4), roles={"S": torch.tensor([1, 2, 3, 4])})
-    assert task[1:3].roles["S"].tolist() == [2, 3] and len(task[[0, 3]]) == 2 and len(task[torch.tensor([True] * 3 + [False])]) == 3
+    assert (
+        task[1:3].roles["S"].tolist() == [2, 3]
+        and len(task[[0, 3]]) == 2
+        and len(task[torch.tensor([True] * 3 + [False])]) == 3
+    )
     one, two = task.halves(seed=1)
     assert sorted(one.answers.tolist() + two.answers.tolist()) == [0, 1, 2, 3]
     assert task.at("S").sum() == 4 and task.at(["S", "END"])[0].tolist() == [False, True, False, False, False, True]
@@ -121,7 +127,11 @@ def test_parts_of_a_task():
 def test_build_drops_what_a_tokenizer_cannot_use_and_says_why():
     model = tiny("llama")  # one token a byte
     good = Item("ab cd", "e", ("f",), "ab ce", {"last": (3, 5)})
-    task = build(model, "t", [good, Item("ab cd", "ee", ("f",), "ab ce"), Item("ab cd", "e", ("f",), "ab"), Item("abc", "e", ("f",), "abd")])
+    task = build(
+        model,
+        "t",
+        [good, Item("ab cd", "ee", ("f",), "ab ce"), Item("ab cd", "e", ("f",), "ab"), Item("abc", "e", ("f",), "abd")],
+    )
     assert len(task) == 1 and task.roles["last"].item() == 4
     assert [reason for _, reason in task.dropped] == [
         "'ee' is not one token after its prompt", "5 tokens, but its corrupted twin has 2", "3 tokens, most have 5"]  # fmt: skip

@@ -63,7 +63,9 @@ def test_the_skip_path_of_a_head_is_what_it_writes(llama):
     for layer, head in [(0, 1), (2, 3)]:
         written = heads.head_outputs(llama, layer, twin.z[layer] - clean.z[layer])[:, -1, head]
         logits = clean.read(clean.final + written, columns)[0]
-        np.testing.assert_allclose(found.samples[:, layer, head] + found.base, metrics.logit_difference(logits, task), atol=5e-5)
+        np.testing.assert_allclose(
+            found.samples[:, layer, head] + found.base, metrics.logit_difference(logits, task), atol=5e-5
+        )
 
 
 def test_all_heads_and_mlps_of_the_last_layers_at_once_are_more_than_their_sum(llama):
@@ -72,7 +74,9 @@ def test_all_heads_and_mlps_of_the_last_layers_at_once_are_more_than_their_sum(l
     one = heads.path_effect(llama, task, [(1, 0), (2, MLP), (3, 1)], engine="literal")
     torch.testing.assert_close(both, one, atol=1e-4, rtol=1e-3)
     single = heads.path_scores(llama, task, progress=False)
-    torch.testing.assert_close(heads.path_effect(llama, task, [(2, 1)]).double(), torch.tensor(single.samples[:, 2, 1]), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        heads.path_effect(llama, task, [(2, 1)]).double(), torch.tensor(single.samples[:, 2, 1]), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_heads_that_are_no_senders_score_zero(llama):

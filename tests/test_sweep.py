@@ -28,8 +28,12 @@ def toy(model, prompts: int = 5, length: int = 10, seed: int = 0) -> Task:
 def naive(model, task, kind, positions, metric=metrics.logit_difference):
     """Every head by itself, whole prompts, whole vocabulary: `[prompt, layer, head]`, and the base `[prompt]`."""
     plain, where, twin = plain_of(model), task.at(positions), plain_of(model).z(task.corrupted)
-    read = lambda logits: metric(logits[:, -1] if metric.whole else logits[:, -1].gather(-1, metric.columns(task)), task, clean[:, -1])  # noqa: E731
     clean = plain(task.ids).logits
+
+    def read(logits):
+        last = logits[:, -1]
+        return metric(last if metric.whole else last.gather(-1, metric.columns(task)), task, clean[:, -1])
+
     base, out = read(clean), torch.zeros(len(task), plain.n_layers, plain.n_heads)
     for layer in range(plain.n_layers):
         new = {"zero": torch.zeros_like(twin[layer]), "mean": twin[layer].mean(0, keepdim=True).expand_as(twin[layer]),
@@ -60,7 +64,9 @@ def test_a_sweep_equals_cutting_one_head_after_the_other(decoder, kind, position
     assert np.abs(wanted).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["accuracy among options", "accuracy", "probability", "log-probability", "KL from the base run", "answer logit"])
+@pytest.mark.parametrize(
+    "name", ["accuracy among options", "accuracy", "probability", "log-probability", "KL from the base run", "answer logit"]
+)
 def test_every_metric_reads_the_same_logits(llama, name):
     task, metric = toy(llama), metrics.metric(name)
     found = heads.ablation_scores(llama, task, "zero", "END", metric, progress=False)
@@ -98,7 +104,9 @@ def test_neither_order_nor_batches_change_anything(order, batch, tokens):
     model = tiny("qwen3")
     task = toy(model)
     one = heads.ablation_scores(model, task, "counterfactual", "S", progress=False)
-    other = heads.ablation_scores(model, task[list(order)], "counterfactual", "S", batch=batch, tokens=tokens, progress=False)
+    other = heads.ablation_scores(
+        model, task[list(order)], "counterfactual", "S", batch=batch, tokens=tokens, progress=False
+    )
     np.testing.assert_allclose(one.samples[list(order)], other.samples, atol=2e-5)
 
 

@@ -72,7 +72,10 @@ def _record(name: str, quick: bool, work, positions: str) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not quick:
         raise SystemExit(f"{name} needs a GPU, and this torch sees none; --quick runs a small model here")
-    model, task = build(SMALL if quick else SHAPE, device), prompts(*((4, 8) if quick else (64, 64)), (SMALL if quick else SHAPE)["vocab_size"])
+    model, task = (
+        build(SMALL if quick else SHAPE, device),
+        prompts(*((4, 8) if quick else (64, 64)), (SMALL if quick else SHAPE)["vocab_size"]),
+    )
     work(model, task[:2], None)
     seconds, found, memory = synced(device, work, model, task, None)
     smaller = work(model, task[:8], 2048)
@@ -101,4 +104,6 @@ def everywhere(quick: bool = False) -> dict:
 
 
 def path(quick: bool = False) -> dict:
-    return _record("gpu-path", quick, lambda m, t, tokens: heads.path_scores(m, t, batch=64, tokens=tokens, progress=False), "END")
+    return _record(
+        "gpu-path", quick, lambda m, t, tokens: heads.path_scores(m, t, batch=64, tokens=tokens, progress=False), "END"
+    )

@@ -45,14 +45,18 @@ def transformer_lens():
 
     folder = str(models.fetch())
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return TransformerBridge.boot_transformers(folder, hf_model=module, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+    return TransformerBridge.boot_transformers(
+        folder, hf_model=module, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu"
+    )
 
 
 @torch.no_grad()
 def lens_loop(lens, prompts, chosen, positions) -> np.ndarray:
     """Zero ablation through TransformerLens's hooks: change of the logit difference, `[head]`."""
     at = slice(None) if positions == "all" else slice(-1, None)
-    read = lambda logits: metrics.logit_difference(logits[:, -1].gather(-1, metrics.logit_difference.columns(prompts)), prompts)  # noqa: E731
+    read = lambda logits: metrics.logit_difference(
+        logits[:, -1].gather(-1, metrics.logit_difference.columns(prompts)), prompts
+    )  # noqa: E731
     base, found = read(lens(prompts.ids)), []
     for layer, head in chosen:
 
@@ -69,7 +73,9 @@ def lens_loop(lens, prompts, chosen, positions) -> np.ndarray:
 def nnsight_loop(model, prompts, chosen, positions) -> np.ndarray:
     """The same as anyone would write it in nnsight."""
     at = slice(None) if positions == "all" else slice(-1, None)
-    read = lambda logits: metrics.logit_difference(logits[:, -1].gather(-1, metrics.logit_difference.columns(prompts)), prompts)  # noqa: E731
+    read = lambda logits: metrics.logit_difference(
+        logits[:, -1].gather(-1, metrics.logit_difference.columns(prompts)), prompts
+    )  # noqa: E731
     with model.trace(input_ids=prompts.ids):
         logits = model.logits.save()
     base, found = read(logits), []
