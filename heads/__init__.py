@@ -30,6 +30,7 @@ _HOME = {
     "Steering": "steer",
     "steered": "steer",
     "score_documents": "documents",
+    "losses_under": "documents",
     "token_losses": "documents",
     "fit_probes": "probe",
     "fit": "train",

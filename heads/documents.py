@@ -63,6 +63,49 @@ def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
     return _forward(model, rows)[0]
 
 
+def losses_under(model, rows: list[list[int]], conditions: Mapping, kind: str = "zero", tokens: int = 4096) -> dict:
+    """`token_losses` of every row under every condition: name -> `[token - 1]` per row.
+
+    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
+    the work.
+
+    Args:
+        conditions, kind, tokens: as in `score_documents`.
+    """
+    models = {name: pair[0] for name, pair in _prepared(model, conditions, kind).items()}
+    found = {name: [None] * len(rows) for name in models}
+    for batch in _batches(list(enumerate(rows)), tokens):
+        for name, losses in _losses(model, models, [ids for _, ids in batch]).items():
+            for (number, _), row in zip(batch, losses):
+                found[name][number] = row
+    return found
+
+
+def _prepared(model, conditions: Mapping, kind: str) -> dict[str, tuple]:
+    """name -> ((edited model, its first layer that differs from the clean one or None), what to write about it)."""
+    found = {}
+    for name, heads in conditions.items():
+        if hasattr(heads, "trace"):
+            found[name] = (heads, 0), "a model"
+        elif len(heads):
+            chosen = [[int(layer), int(head)] for layer, head in heads]
+            found[name] = (ablate(model, heads, kind), min(chosen)[0]), chosen
+        else:
+            found[name] = (model, None), []
+    return found
+
+
+def _losses(model, models: dict, rows) -> dict[str, list[torch.Tensor]]:
+    """One batch under all conditions, the clean run first."""
+    keep = sorted({first for _, first in models.values() if first})
+    clean, streams = _forward(model, rows, keep)
+    found = {}
+    for name, (edited, first) in models.items():
+        resume = (first, streams[first]) if first else None
+        found[name] = clean if first is None else _forward(edited, rows, resume=resume)[0]
+    return found
+
+
 @torch.no_grad()
 def _forward(model, rows, keep=(), resume: tuple | None = None) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
     """Losses as `token_losses` gives them, and the residual stream entering the layers `keep`.
@@ -125,12 +168,8 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     source = documents if isinstance(documents, (str, Path)) else None
     if source is not None and not Path(source).is_file():
         raise FileNotFoundError(f"there is no file of documents {source}")
-    models, chosen = {}, {}
-    for name, heads in conditions.items():
-        edited = hasattr(heads, "trace")
-        chosen[name] = "a model" if edited else [[int(layer), int(head)] for layer, head in heads]
-        first = 0 if edited else min(chosen[name])[0] if heads else None  # the first layer that differs from the model's own
-        models[name] = (heads if edited else ablate(model, heads, kind) if heads else model), first
+    prepared = _prepared(model, conditions, kind)
+    models, chosen = ({name: pair[k] for name, pair in prepared.items()} for k in (0, 1))
     run = {
         "model": model.record["name"], "sha256": model.record.get("sha256"), "conditions": chosen, "kind": kind,
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
@@ -244,11 +283,7 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         pieces += [(number, part) for part in parts if not reason]
     totals = {name: Counter() for name in models}
     for batch in _batches(pieces, tokens):
-        rows, keep = [ids for _, ids in batch], sorted({first for _, first in models.values() if first})
-        clean, streams = _forward(model, rows, keep)
-        for name, (edited, first) in models.items():
-            resume = (first, streams[first]) if first else None
-            found = clean if first is None else _forward(edited, rows, resume=resume)[0]
+        for name, found in _losses(model, models, [ids for _, ids in batch]).items():
             for (number, _), losses in zip(batch, found):
                 totals[name][number] += losses.double().sum().item()
         for number, ids in batch:

@@ -69,6 +69,16 @@ def test_starting_at_the_first_edited_layer_changes_nothing(decoder, tmp_path, k
             assert ours[f"loss_{name}"] == pytest.approx(theirs[f"loss_{name}"], abs=2e-5)
 
 
+def test_losses_under_conditions_equal_those_of_edited_models_token_by_token(decoder):
+    rows = [decoder.tokenizer(item["text"]).input_ids for item in corpus(5)]
+    sets = {"base": [], "high": [(2, 1), (3, 3)], "edited": heads.ablate(decoder, CHOSEN)}
+    found = heads.losses_under(decoder, rows, sets, "uniform", tokens=150)
+    edited = {"base": decoder, "high": heads.ablate(decoder, sets["high"], "uniform"), "edited": sets["edited"]}
+    for name in sets:
+        for ids, ours in zip(rows, found[name], strict=True):
+            near(ours, token_losses(edited[name], [ids])[0])
+
+
 def test_a_condition_may_be_any_edited_model(llama, tmp_path):
     edited = heads.ablate(llama, CHOSEN)
     score_documents(llama, corpus(3), tmp_path / "a", {"x": edited})
