@@ -1,5 +1,6 @@
 """Code that lives in a notebook and is tested (or timed) all the same: its tagged cells, run as they stand."""
 
+import linecache
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ def run_cells(slug, tag, **names):
     cells = [cell.source for cell in book.cells if tag in cell.metadata.get("tags", [])]
     assert cells, f"no cell of {papers.notebook(slug).name} is tagged {tag!r}"
     space = {**IMPORTS, "__name__": slug.replace("-", "_"), **names}
-    for source in cells:
-        exec(compile(source, f"<{slug}: {tag}>", "exec"), space)
+    for number, source in enumerate(cells):
+        name = f"<{slug}: {tag} {number}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # nnsight reads a trace's source
+        exec(compile(source, name, "exec"), space)
     return space
