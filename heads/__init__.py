@@ -4,6 +4,11 @@ Names are imported when they are first used, so that `import heads` and the comm
 """
 
 import importlib
+import warnings
+
+# tqdm remarks, when it is first imported, that a notebook without ipywidgets gets plain bars: that is what we want,
+# and the remark shows a path of the machine.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 

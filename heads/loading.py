@@ -9,11 +9,6 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-with warnings.catch_warnings():
-    # tqdm remarks, on first import, that a notebook without ipywidgets gets plain bars: that is what we want
-    warnings.simplefilter("ignore")
-    import tqdm.auto  # noqa: F401
-
 import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
