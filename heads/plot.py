@@ -183,8 +183,11 @@ def _pictures(fig, draw, frames, dpi):
     drawn = []
     for frame in frames:
         draw(frame)
+        if not drawn:
+            fig.canvas.draw()  # equal aspects take a second pass to settle
+            fig.canvas.draw()
+            fig.set_layout_engine("none")
         fig.canvas.draw()
-        fig.set_layout_engine("none")
         drawn.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
     if not drawn:
         return []
