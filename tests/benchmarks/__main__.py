@@ -12,7 +12,7 @@ from rich.table import Table
 
 # name -> module, or module:function where a module holds several
 BENCHMARKS = {
-    "detect": "detect", "conditions": "conditions", "memory": "memory",
+    "detect": "detect", "conditions": "conditions", "memory": "memory", "batched": "batched",
     "sweep-end": "sweeps:end", "sweep-all": "sweeps:everywhere", "path": "sweeps:path",
     "gpu-sweep-end": "gpu:end", "gpu-sweep-all": "gpu:everywhere", "gpu-path": "gpu:path",
 }  # fmt: skip

@@ -123,7 +123,7 @@ def write(name: str, fig, data, quick: bool, *, unit: str, peer_is: str, equal_t
         "equal_to": {"what": equal_to, "max_abs_difference": max(r["difference"] for r in sizes if r["difference"] is not None)},
         "sizes": sizes,
         **more,
-        "model": MODEL,
+        "model": more.get("model", MODEL),
         "dtype": "float32",
         "load_average": psutil.getloadavg()[0],
         "hardware": publish.hardware(),
