@@ -60,7 +60,7 @@ def imported(folder):
                 yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("folder, extras", [("heads", [""]), ("tests", ["", "test"])])
+@pytest.mark.parametrize("folder, extras", [("heads", [""]), ("tests", ["", "test", "bench"])])
 def test_whatever_is_imported_is_pinned(folder, extras):
     pinned = {canonicalize_name(pin.name) for extra in extras for pin in PINS[extra]}
     ours = {"heads", "tests", *(path.stem for path in (ROOT / "tests").rglob("*"))}
