@@ -130,7 +130,7 @@ def run(quick: bool = False) -> dict:
 def draw(sizes: list[dict]):
     """Milliseconds for one step of one model, by the number of models."""
     plot.style()
-    fig, ax = plot.plt.subplots(figsize=(7, 3.8))
+    fig, ax = plot.plt.subplots(figsize=(7, 4.4))
     models = [size["size"] for size in sizes]
     ways = ("ours", "peer", "same_code")
     per_step = {way: [1000 * size[way] / size["size"] / size["steps"] for size in sizes] for way in ways}
@@ -141,5 +141,5 @@ def draw(sizes: list[dict]):
     ax.set_title("Training small attention layers")
     ax.set_xticks(models, models)
     ax.minorticks_off()
-    ax.legend()
+    fig.legend(loc="outside lower center", ncols=1)
     return fig, plot.pd.DataFrame({"models": models, **{f"{way}_ms": values for way, values in per_step.items()}})
