@@ -54,7 +54,7 @@ class Study:
         plot.style()
         self.preset = papers.preset_of(slug, parameters)
         self._output = publish.Folder(papers.figures_folder(slug, parameters))
-        self._models, self._figures, self._scores, self._claims = [], {}, {}, {}
+        self._models, self._figures, self._scores, self._claims, self._timed = [], {}, {}, {}, set()
         self._start = time.monotonic()
 
     def claims(self):
@@ -103,12 +103,13 @@ class Study:
         """Keep a HeadScores, as data, in result.json under this name."""
         self._scores[name] = plain(scores.to_dict(), digits=6)
 
-    def claim(self, id, *, measured, holds, partly=False, why=""):
+    def claim(self, id, *, measured, holds, partly=False, why="", timed=False):
         """Judge one claim; shows and keeps the measured value and the verdict.
 
         measured: text, a number, or a dict of them (4 digits are kept). holds: True, False, or
         None where it was not tested here. partly: what the verdict is called when holds is False.
         why: one sentence, required unless the claim holds. Judging a claim again replaces it.
+        timed: the verdict rests on wall-clock time, so that a busy machine can turn it: `summary` leaves it out.
 
         Raises LookupError for an unknown id, TypeError for a verdict that is not a bool,
         ValueError where why is missing.
@@ -122,6 +123,7 @@ class Study:
         text, paper = known[id].text, known[id].paper
         row = {"id": id, "text": text, "paper": paper, "measured": plain(measured), "verdict": verdict, "why": why}
         self._claims[id] = row
+        (self._timed.add if timed else self._timed.discard)(id)
         here = _text(row["measured"])
         return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {paper}. {why}".rstrip())
 
@@ -131,7 +133,8 @@ class Study:
         This is the cell to tag `nbval-check-output`: `verdict()` shows measured numbers, whose
         last digit may differ, and nbval knows no tolerance. Raises ValueError for claims not judged.
         """
-        print("\n".join(f"{row['id']} {row['verdict']}" for row in self._judged()))
+        rows = [(row["id"], "timed" if row["id"] in self._timed else row["verdict"]) for row in self._judged()]
+        print("\n".join(f"{id} {verdict}" for id, verdict in rows))
 
     def verdict(self):
         """Publish figures and result.json in one step, and return the closing table.

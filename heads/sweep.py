@@ -32,7 +32,7 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metr
         positions: "all", a role's name ("END"), or a list of roles. One late position is an order of magnitude cheaper,
             because only the columns from there on are computed.
         reference: `[prompt, position]` ids of the same length for "mean" and "resample"; the corrupted twins if None.
-        batch: prompts at a time, tokens: rows x positions in one forward (memory; by default 8192 on a CPU).
+        batch: prompts at a time, tokens: rows x positions in one forward (memory; by default 2048 on a CPU).
 
     Returns:
         Effects `[layer, head]`; `samples` has every prompt.
@@ -114,7 +114,7 @@ def chunks(units: list, size: int) -> list[list]:
 
 def room(model, positions: int, prompts: int, tokens: int | None) -> int:
     """How many conditions one forward takes."""
-    tokens = tokens or (8192 if model.device.type == "cpu" else 131072)
+    tokens = tokens or (2048 if model.device.type == "cpu" else 131072)  # on a CPU, what fits its caches
     return max(1, tokens // (positions * prompts))
 
 

@@ -166,6 +166,16 @@ def test_the_summary_is_the_same_on_every_machine(study, capsys):
     assert capsys.readouterr().out == "C1 holds\nC2 not tested here\n"
 
 
+def test_the_summary_leaves_out_a_verdict_that_a_busy_machine_can_turn(study, capsys):
+    study.claim("C1", measured=1, holds=True, timed=True)
+    study.claim("C2", measured=1, holds=None, why="No time.")
+    study.summary()
+    assert capsys.readouterr().out == "C1 timed\nC2 not tested here\n"
+    study.claim("C1", measured=1, holds=True)
+    study.summary()
+    assert capsys.readouterr().out == "C1 holds\nC2 not tested here\n"
+
+
 def test_a_figure_is_closed_after_it_was_kept(study):
     fig = a_figure()
     assert study.figure(fig, "1-a") is None

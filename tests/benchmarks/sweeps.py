@@ -212,7 +212,7 @@ def draw(name: str, ways: dict, bound: float | None = None):
         right.text(found["peak_memory_bytes"] / GB, i, f" {found['peak_memory_bytes'] / GB:.2g} GB", va="center")
     if bound:
         left.axvline(bound, color="black", linestyle="--", linewidth=1.2, label="cannot be avoided")
-        left.legend(loc="lower right")
+        left.legend(loc="upper right")
     for ax, label in ((left, "seconds for all heads"), (right, "GB above the loaded model")):
         ax.set(xlabel=label, yticks=range(len(ways)), yticklabels=list(ways))
         ax.invert_yaxis()
