@@ -333,6 +333,12 @@ def output_projection(model, layer) -> torch.Tensor:
     return module.weight if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) else module.weight.T
 
 
+def softcapped(model, logits: torch.Tensor) -> torch.Tensor:
+    """Logits as the model hands them out: squeezed by `tanh` in the models that cap them (Gemma 2)."""
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def projection_envoy(model, layer: int):
     """The envoy of a layer's output projection (its `.output` is the sum over heads, plus bias)."""
     envoy = model.layers[layer].attn

@@ -13,7 +13,7 @@ import nnsight
 import numpy as np
 import torch
 
-from heads.anatomy import output_projection, projection_envoy
+from heads.anatomy import output_projection, projection_envoy, softcapped
 from heads.circuits import decoder_only, norm, post_norms
 from heads.effects import Effects
 from heads.metrics import Metric, logit_difference
@@ -47,8 +47,7 @@ def _differentiable(metric: str | Metric) -> Metric:
 
 def _read(part: Task, read: Metric, logits: torch.Tensor) -> torch.Tensor:
     """`[prompt, vocabulary]` logits at END -> `[prompt]`."""
-    columns = read.columns(part)
-    return read(logits if columns is None else logits.gather(-1, columns.to(logits.device)), part)
+    return read(read.pick(logits, part), part)
 
 
 # -------------------------------------------------------------------------- direct attribution
@@ -96,17 +95,12 @@ def _direction(model, part: Task, read: Metric, last: torch.Tensor) -> tuple[tor
         x = final(last)
         logits = torch.einsum("pm,vm->pv" if columns is None else "pm,pcm->pc", x, rows)
         logits = (logits if fixed is None else logits + fixed).detach().requires_grad_(True)
-        slope = torch.autograd.grad(read(_capped(model, logits), part).sum(), logits)[0]
+        slope = torch.autograd.grad(read(softcapped(model, logits), part).sum(), logits)[0]
     u = torch.einsum("pv,vm->pm" if columns is None else "pc,pcm->pm", slope, rows)
     constant = torch.zeros(len(u), device=u.device) if fixed is None else (slope * fixed).sum(-1)
     if final.bias is not None:
         constant = constant + u @ final.bias
     return final.back(u) / final.scale(last), constant
-
-
-def _capped(model, logits: torch.Tensor) -> torch.Tensor:
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _frozen(model, layer: int, z: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -366,8 +360,8 @@ def _unembed(model, x: torch.Tensor, columns: torch.Tensor | None) -> torch.Tens
     unembed, final = model.unembed._module, model.final_norm._module
     x = final(x.to(final.weight.device)).to(unembed.weight.device)
     if columns is None:
-        return _capped(model, unembed(x).float())
+        return softcapped(model, unembed(x).float())
     columns = columns.to(x.device)
     logits = torch.einsum("pm,pcm->pc", x.float(), unembed.weight[columns].float())
     bias = getattr(unembed, "bias", None)
-    return _capped(model, logits if bias is None else logits + bias[columns].float())
+    return softcapped(model, logits if bias is None else logits + bias[columns].float())

@@ -31,6 +31,11 @@ class Metric:
         """Token ids that the metric reads, `[prompt, column]`, the answer first; None for all."""
         return None if self.whole else torch.cat([task.answers[:, None], task.foils], 1)
 
+    def pick(self, logits: torch.Tensor, task: Task) -> torch.Tensor:
+        """`[prompt, vocabulary]` logits -> the columns that the metric reads, `[prompt, column]`."""
+        columns = self.columns(task)
+        return logits if columns is None else logits.gather(-1, columns.to(logits.device))
+
     def __call__(self, logits: torch.Tensor, task: Task, base: torch.Tensor | None = None) -> torch.Tensor:
         """`[..., prompt, column]` logits -> `[..., prompt]`. `base` are the base run's logits, for KL."""
         return self.read(logits.float(), task.answers.to(logits.device), base)
@@ -150,7 +155,5 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
     for part in task.batches(batch):
         with model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
             logits = model.logits.save()
-        logits, columns = logits[:, -1], read.columns(part)
-        logits = logits if columns is None else logits.gather(-1, columns.to(logits.device))
-        values.append(read(logits, part).cpu())
+        values.append(read(read.pick(logits[:, -1], part), part).cpu())
     return torch.cat(values)

@@ -30,7 +30,7 @@ from heads.effects import Effects
 from heads.metrics import Metric, logit_difference
 from heads.metrics import metric as named
 from heads.replay import Replay, ReplayError, hooked, swapped
-from heads.sweep import _columns, chunks, room
+from heads.sweep import chunks, room
 from heads.tasks.base import Task
 
 COMPONENTS = ("q", "k", "v")
@@ -269,7 +269,7 @@ def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens, ba
     clean = Replay(model, part.ids, start, keep_parts=True)
     source = Replay(model, part.corrupted, start, keep_parts=True, check=False)
     columns = metric.columns(part)
-    reference = _columns(clean.logits, columns)
+    reference = metric.pick(clean.logits, part)
     base = metric(reference, part, reference).cpu()
     order = sorted(range(len(sets)), key=lambda k: min(layer for layer, _ in sets[k]))
     column = Columns(clean, source, (positions - start).to(model.device), route)
@@ -282,7 +282,7 @@ def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens, ba
             hidden = column.climb(chosen, model.anatomy.n_layers)[0]
         values[group] = metric(clean.read(hidden, columns), part, reference).cpu() - base
         bar.update(len(group) * len(part))
-    return base, metric(_columns(source.logits, columns), part, reference).cpu(), values
+    return base, metric(metric.pick(source.logits, part), part, reference).cpu(), values
 
 
 def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route: Route, tokens) -> torch.Tensor:
@@ -318,10 +318,9 @@ def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route
 def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens, bar):
     """Passes A to D as they are defined, one set of senders at a time, through nnsight: the oracle."""
     ids, rows, at = part.ids.to(model.device), torch.arange(len(part)), part.roles[route.position]
-    columns = metric.columns(part)
     z_source, mlp_source, logits_source = _record(model, part.corrupted.to(model.device))
     z_base, mlp_base, logits_base = _record(model, ids)
-    reference = _columns(logits_base, columns)
+    reference = metric.pick(logits_base, part)
     base, values = metric(reference, part, reference).cpu(), []
     for senders in sets:
         z, m = [x.clone() for x in z_base], [x.clone() for x in mlp_base]
@@ -332,9 +331,9 @@ def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens,
                 z[layer][rows, at, head] = z_source[layer][rows, at, head]
         held = range(model.anatomy.n_layers) if route.mlps == "freeze" else [layer for layer, head in senders if head == MLP]
         logits = _pass_c(model, ids, z, m, held, route, rows, at)
-        values.append(metric(_columns(logits, columns), part, reference).cpu() - base)
+        values.append(metric(metric.pick(logits, part), part, reference).cpu() - base)
         bar.update(len(part))
-    return base, metric(_columns(logits_source, columns), part, reference).cpu(), torch.stack(values)
+    return base, metric(metric.pick(logits_source, part), part, reference).cpu(), torch.stack(values)
 
 
 def _record(model, ids):

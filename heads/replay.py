@@ -13,10 +13,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from heads.anatomy import names_of
+from heads.anatomy import names_of, softcapped
 from heads.attention import SharedPrefix
+from heads.decode import prefill
 
 
 class ReplayError(RuntimeError):
@@ -85,16 +86,10 @@ class Replay:
                 "which has none: cut its heads with heads.ablate(...) and read the masked position"
             )
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
-        self.prefix = self._prefill() if start else None
+        self.prefix = prefill(model, self.ids[:, :start]) if start else None
         self._run(keep_parts)
         if check:
             self.check()
-
-    @torch.no_grad()
-    def _prefill(self) -> DynamicCache:
-        cache = DynamicCache()  # not from the config: sliding layers keep all keys, so that an index is a position
-        self.model._module(input_ids=self.ids[:, : self.start], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
 
     def cache(self) -> dict:
         """A fresh KV cache to continue from, as keywords for a layer; it serves one pass."""
@@ -183,8 +178,7 @@ class Replay:
             logits = torch.einsum("npd,pcd->npc", x, unembed.weight[columns])
             if unembed.bias is not None:
                 logits = logits + unembed.bias[columns]
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return softcapped(model, logits)
 
     def check(self) -> None:
         """Replay all layers without an edit, and hold the logits against the model's own."""

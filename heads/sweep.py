@@ -62,13 +62,13 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metr
         clean = Replay(model, part.ids, start)
         twin = Replay(model, others[at : at + batch], start, check=False) if kind in ("resample", "counterfactual") else None
         new = mean if kind == "mean" else twin.z if twin else [torch.zeros_like(z[:1]) for z in clean.z]
-        columns, reference_logits = read.columns(part), _columns(clean.logits, read.columns(part))
+        columns, reference_logits = read.columns(part), read.pick(clean.logits, part)
         logits = _cut(clean, new, mask, columns, tokens, bar)
         base.append(read(reference_logits, part, reference_logits))
         values = read(logits, part, reference_logits) - base[-1]  # [head, prompt]
         samples.append(values.T.reshape(len(part), model.anatomy.n_layers, -1))
         if kind == "counterfactual":
-            source.append(read(_columns(twin.logits, columns), part, reference_logits))
+            source.append(read(read.pick(twin.logits, part), part, reference_logits))
     bar.close()
     return Effects(torch.cat(samples), torch.cat(base), torch.cat(source) if source else None, f"change of {read.name}")
 
@@ -102,10 +102,6 @@ def _heads(model, ids: torch.Tensor, start: int, batch: int) -> list[torch.Tenso
         sums = [z.float().sum(0, keepdim=True) for z in Replay(model, part, start, check=False).z]
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return [x.to(model._module.dtype) / len(ids) for x in total]
-
-
-def _columns(logits: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
-    return logits if columns is None else logits.gather(-1, columns.to(logits.device))
 
 
 def chunks(units: list, size: int) -> list[list]:

@@ -50,14 +50,16 @@ def transformer_lens():
     )
 
 
+def difference(logits, prompts) -> torch.Tensor:
+    """Logit difference at the last position of whole logits, `[prompt]`."""
+    return metrics.logit_difference(metrics.logit_difference.pick(logits[:, -1], prompts), prompts)
+
+
 @torch.no_grad()
 def lens_loop(lens, prompts, chosen, positions) -> np.ndarray:
     """Zero ablation through TransformerLens's hooks: change of the logit difference, `[head]`."""
     at = slice(None) if positions == "all" else slice(-1, None)
-    read = lambda logits: metrics.logit_difference(
-        logits[:, -1].gather(-1, metrics.logit_difference.columns(prompts)), prompts
-    )  # noqa: E731
-    base, found = read(lens(prompts.ids)), []
+    base, found = difference(lens(prompts.ids), prompts), []
     for layer, head in chosen:
 
         def cut(z, hook, head=head):
@@ -65,7 +67,7 @@ def lens_loop(lens, prompts, chosen, positions) -> np.ndarray:
             return z
 
         logits = lens.run_with_hooks(prompts.ids, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", cut)])
-        found.append((read(logits) - base).mean().item())
+        found.append((difference(logits, prompts) - base).mean().item())
     return np.array(found)
 
 
@@ -73,17 +75,14 @@ def lens_loop(lens, prompts, chosen, positions) -> np.ndarray:
 def nnsight_loop(model, prompts, chosen, positions) -> np.ndarray:
     """The same as anyone would write it in nnsight."""
     at = slice(None) if positions == "all" else slice(-1, None)
-    read = lambda logits: metrics.logit_difference(
-        logits[:, -1].gather(-1, metrics.logit_difference.columns(prompts)), prompts
-    )  # noqa: E731
     with model.trace(input_ids=prompts.ids):
         logits = model.logits.save()
-    base, found = read(logits), []
+    base, found = difference(logits, prompts), []
     for layer, head in chosen:
         with model.trace(input_ids=prompts.ids):
             model.layers[layer].attn.heads[:, at, head] = 0
             logits = model.logits.save()
-        found.append((read(logits) - base).mean().item())
+        found.append((difference(logits, prompts) - base).mean().item())
     return np.array(found)
 
 
