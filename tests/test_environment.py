@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PINS = {extra: [Requirement(line) for line in lines] for extra, lines in {"": PROJECT["dependencies"], **EXTRAS}.items()}
+OPTIONAL = {"lab", "bench"}  # reading in JupyterLab, and the peers that benchmarks are measured against
 MAIN = {canonicalize_name(pin.name): pin for pin in PINS[""]}
 
 
@@ -34,8 +35,8 @@ def test_every_pin_holds_here(extra, pin):
     try:
         found = version(pin.name)
     except PackageNotFoundError:
-        if extra == "lab":
-            pytest.skip(f"{pin.name} is for reading, not for testing, and is not installed")
+        if extra in OPTIONAL:
+            pytest.skip(f"{pin.name} belongs to the extra {extra!r}, which make test does not install")
         raise
     # A build name does not matter: torch calls the same version 2.13.0, 2.13.0+cpu or 2.13.0+cu130.
     assert Version(found).public in pin.specifier, f"{pin.name} {found} is installed, {pin} is pinned: run make setup"
