@@ -129,7 +129,8 @@ class Replay:
     def layer(
         self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, **more
     ) -> torch.Tensor:
-        """One layer on other rows: `[row, position, d_model]` -> the same.
+        """One layer on other rows: `[row, position, d_model]` -> the same; from the last layer END alone, which is all
+        that is read there: its heads are projected, and its MLP runs, at one position.
 
         Args:
             hidden: rows in the order (condition, prompt).
@@ -151,9 +152,15 @@ class Replay:
             x[-len(z) :] = z.flatten(-2)
             return (x, *inputs[1:])
 
-        hooks = [] if z is None else [(projection(self.model, i).register_forward_pre_hook, put, {})]
+        heads, mlp = projection(self.model, i), self.model.layers[i].mlp._module
+        hooks = [] if z is None else [(heads.register_forward_pre_hook, put, {})]
+        if last := i == self.n_layers - 1:
+            # What they return is added to the residual stream of every position, of which END is right.
+            end = lambda module, inputs: (inputs[0][:, -1:], *inputs[1:])  # noqa: E731
+            hooks += [(module.register_forward_pre_hook, end, {}) for module in (heads, mlp)]
         with torch.no_grad(), hooked(*hooks):
-            return _first(self.model.layers[i]._module(hidden, *args, **kwargs, **more))
+            hidden = _first(self.model.layers[i]._module(hidden, *args, **kwargs, **more))
+        return hidden[:, -1:] if last else hidden
 
     def rows(self, i: int, n: int) -> torch.Tensor:
         """The clean residual stream entering layer i, once for each of n conditions: `[n * prompt, position, d_model]`."""
