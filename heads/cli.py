@@ -9,7 +9,6 @@ from typing import Annotated, Optional
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from heads import papers
 
@@ -76,12 +75,22 @@ def list_(
         ]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        table = Table(box=None, header_style="bold")
-        for column in ("", "paper", "title", "state", "verdicts"):
-            table.add_column(column, no_wrap=column == "paper", overflow="ellipsis")
-        for p in papers.papers():
-            table.add_row(str(p.number), p.slug, p.title, p.state, verdicts(p.slug))
-        out.print(table)
+        print(*listing(out.width if sys.stdout.isatty() else 120), sep="\n")
+
+
+def listing(width):
+    """One line for each paper, of at most `width` columns: only titles are shortened, and never below eight columns."""
+    rows = [("", "paper", "title", "verdicts")]
+    for p in papers.papers():
+        rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untested") or p.state))
+    number, slug, title, found = (max(map(len, column)) for column in zip(*rows))
+    title = max(8, min(title, width - number - slug - found - 6))
+    return [f"{n:>{number}}  {s:<{slug}}  {shortened(t, title):<{title}}  {v}".rstrip() for n, s, t, v in rows]
+
+
+def shortened(text, width):
+    """At most `width` characters, with an ellipsis where something was cut."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 @app.command()
@@ -196,9 +205,41 @@ def score_documents(
     shard: Annotated[str, typer.Option(metavar="I/N", help="Every n-th document only, from number i on.")] = "0/1",
 ):
     """Loss of every document, clean and with the best heads masked. Stopped, it goes on when started again."""
-    from heads import documents as work
+    try:
+        done = _scored(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard)
+    except KeyboardInterrupt:
+        print(f"heads: stopped; the same command goes on from {out_}.partial", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(done)
+    if done.read and not done.scored:
+        raise ValueError(f"nothing was scored: expected an object in each line, with a text in {field!r} (or say --field)")
 
-    print(work.command(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard))
+
+def _scored(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard):
+    """Conditions "base", "masked" and "random 0", ... from a file of head scores; what is cheap to check comes first."""
+    from heads import models
+    from heads.documents import score_documents, source_of
+    from heads.scores import HeadScores, random_heads
+
+    try:
+        i, n = map(int, shard.split("/"))
+    except ValueError:
+        raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
+    if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
+        raise ValueError(f"--top {top:g} --controls {controls}: a count of heads or a share below 1, and a count of sets")
+    source_of(documents, out_)
+    try:
+        table = HeadScores.load(scores)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{scores} holds no head scores: expected a file that HeadScores.save wrote") from None
+    best = table.top(top if top < 1 else int(top))
+    sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
+    conditions = {"base": [], "masked": best} | {f"random {k}": heads for k, heads in enumerate(sets)}
+    lm = models.load(model, device)
+    shape = (lm.anatomy.n_layers, lm.anatomy.n_heads)
+    if table.shape != shape:
+        raise ValueError(f"{scores} is of a model with {table.shape} (layers, heads), but {model} has {shape}")
+    return score_documents(lm, documents, out_, conditions, kind, text=field, length=length, tokens=tokens, shard=(i, n))
 
 
 @app.command()

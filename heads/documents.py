@@ -12,6 +12,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -161,17 +163,18 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
 
     Raises:
         ValueError: for an encoder, an unknown kind, a bad shard, a length beyond the context, or if `out` or
-            what is left of an earlier run was made with other arguments.
-        FileNotFoundError: if there is no such file of documents.
+            what is left of an earlier run was made with other arguments or from another file of documents.
+        FileNotFoundError: if there is no such file of documents, or no folder to write to.
+        OSError: if a compressed file is broken or ends too early.
     """
     length = _checked(model, conditions, length, tokens, window, shard)
-    source = documents if isinstance(documents, (str, Path)) else None
-    if source is not None and not Path(source).is_file():
-        raise FileNotFoundError(f"there is no file of documents {source}")
+    source = source_of(documents, out)
     prepared = _prepared(model, conditions, kind)
     models, chosen = ({name: pair[k] for name, pair in prepared.items()} for k in (0, 1))
     run = {
-        "model": model.record["name"], "sha256": model.record.get("sha256"), "conditions": chosen, "kind": kind,
+        "model": model.record["name"], "sha256": model.record.get("sha256"),
+        "documents": None if source is None else {"name": source.name, "bytes": source.stat().st_size},
+        "conditions": chosen, "kind": kind,
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
     }  # fmt: skip
     out = Path(out)
@@ -181,7 +184,8 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
         return summary
     items = _stream(_read_lines(source) if source is not None else documents, text)
     mine = islice(((i, *item) for i, item in enumerate(items) if i % shard[1] == shard[0]), summary.read, None)
-    with partial.open("a", encoding="utf-8") as file, tqdm(
+    # an id may hold half a surrogate pair, which JSON can write and UTF-8 cannot: escaped, it is valid JSON again
+    with partial.open("a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
         initial=summary.read, desc="documents", unit="document", disable=None if progress else True
     ) as bar:
         while group := list(islice(mine, window)):
@@ -190,9 +194,24 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(group))
-    about.write_text(json.dumps({"run": run, "summary": asdict(summary)}, indent=1) + "\n")
+    _write_about(about, {"run": run, "summary": asdict(summary)})
     partial.rename(out)
     return summary
+
+
+def source_of(documents, out) -> Path | None:
+    """The path of the documents, None if they are no file, once it can be read from and `out` written to."""
+    source, out = Path(documents) if isinstance(documents, (str, Path)) else None, Path(out)
+    if source is not None and not source.is_file():
+        what = "is a folder, not a file of documents" if source.is_dir() else "does not exist: there is no file of documents"
+        raise FileNotFoundError(f"{source} {what}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name the file to write")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent} to write {out.name} to: create it first")
+    if source is not None and out.exists() and out.samefile(source):
+        raise ValueError(f"{out} holds the documents themselves: write the scores to another file")
+    return source
 
 
 def _checked(model, conditions, length, tokens, window, shard) -> int:
@@ -217,17 +236,20 @@ def _resume(out: Path, partial: Path, about: Path, run: dict, window: int) -> tu
     Only whole windows count, so that the batches of the rest are those of an undisturbed run."""
     summary = Summary()
     if not (out.exists() or partial.exists()):
-        about.write_text(json.dumps({"run": run}, indent=1) + "\n")
+        _write_about(about, {"run": run})
         return summary, False
-    earlier = json.loads(about.read_text())["run"] if about.exists() else {}
-    differ = [key for key in run if earlier.get(key) != run[key]]
-    if differ:
+    kept = ", ".join(path.name for path in (out, partial, about) if path.exists())
+    try:
+        record = json.loads(about.read_text())
+        earlier = record["run"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{out}: there is no record of how {kept} was made; write to another file") from None
+    if differ := [key for key in run if earlier.get(key) != run[key]]:
         raise ValueError(
-            f"{out} was made by a run with another {' and another '.join(differ)}: write to another file, or delete it "
-            f"({', '.join(path.name for path in (out, partial, about) if path.exists())})"
+            f"{out} was made by a run that differs in: {', '.join(differ)}. Write to another file, or delete it ({kept})"
         )
     if out.exists():
-        return Summary(**json.loads(about.read_text())["summary"]), True
+        return Summary(**record["summary"]), True
     whole, end = 0, 0
     with partial.open("rb") as file:
         for n, line in enumerate(iter(file.readline, b""), 1):
@@ -235,20 +257,41 @@ def _resume(out: Path, partial: Path, about: Path, run: dict, window: int) -> tu
                 whole, end = n, file.tell()
     with partial.open("rb+") as file:
         file.truncate(end)
-        for line in islice(file, whole):
-            summary.add(json.loads(line))
+        for n, line in enumerate(islice(file, whole), 1):
+            try:
+                summary.add(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{partial}, line {n}, is damaged: delete {kept} and start again") from None
     return summary, False
+
+
+def _write_about(path: Path, record: dict) -> None:
+    """In one step: a kill leaves the old record or the new one."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def _read_lines(path) -> Iterator:
     """Documents of a JSON Lines file; a line that cannot be read is an error object in their place."""
-    path = Path(path)
+    path, n = Path(path), 0
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for line in file:
+        lines = iter(file)
+        while True:
+            try:
+                line = next(lines, None)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise OSError(f"{path} cannot be decompressed after {n} lines ({error}): is it complete? Bring the whole "
+                              "file, delete what was written, and start again") from None  # fmt: skip
+            if line is None:
+                return
+            n += 1
             try:
                 yield json.loads(line)
-            except ValueError as error:  # of JSON or of UTF-8
+            except UnicodeDecodeError as error:
                 yield error
+            except (ValueError, RecursionError):  # the latter of brackets without end
+                yield ValueError("not JSON")
 
 
 def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
@@ -266,6 +309,8 @@ def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
             yield own, None, f"the text is {type(found).__name__}"
         elif not found.strip():
             yield own, None, "empty"
+        elif any("\ud800" <= c <= "\udfff" for c in found):
+            yield own, None, "half a surrogate pair"
         else:
             yield own, found, None
 
@@ -322,20 +367,3 @@ def to_parquet(path, folder) -> int:
     for part, chunk in enumerate(pd.read_json(path, lines=True, chunksize=100_000)):
         chunk.to_parquet(folder / f"part-{part:05d}.parquet", index=False)
     return part + 1
-
-
-def command(documents, out, scores, top, controls, kind, model, device, field, length, tokens, shard) -> Summary:
-    """`heads score-documents`: conditions "base", "masked" and "random 0", ... from a file of head scores."""
-    from heads import models
-    from heads.scores import HeadScores, random_heads
-
-    try:
-        i, n = map(int, shard.split("/"))
-    except ValueError:
-        raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
-    table = HeadScores.load(scores)
-    best = table.top(top if top < 1 else int(top))
-    sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
-    conditions = {"base": [], "masked": best} | {f"random {k}": heads for k, heads in enumerate(sets)}
-    return score_documents(models.load(model, device), documents, out, conditions, kind, text=field, length=length,
-                           tokens=tokens, shard=(i, n))  # fmt: skip

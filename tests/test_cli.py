@@ -39,6 +39,27 @@ def test_list_for_people_and_for_programs(result):
     assert second == {"number": 12, "slug": "far-paper", "title": "Far-Paper", "part": 1, "state": "planned", "verdicts": {}}
 
 
+def test_the_list_has_one_line_for_each_paper(result):
+    """Eighty columns are enough; only a title is ever shortened."""
+    long = "1 holds, 1 fails"
+    for width in (20, 80, 500):
+        found = cli.listing(width)
+        assert len(found) == 1 + len(papers.papers())
+        for paper, line in zip(papers.papers(), found[1:]):
+            assert str(paper.number) in line and paper.slug in line and (cli.verdicts(paper.slug) or paper.state) in line
+        assert all(len(line) <= max(width, 2 + len("toy-paper") + 8 + len(long) + 6) for line in found)
+    status, out, _ = heads("list")
+    assert status == 0 and out.count("\n") == 1 + len(papers.papers())
+
+
+def test_the_real_list_fits_eighty_columns():
+    assert max(map(len, cli.listing(80))) <= 80
+
+
+def test_titles_are_shortened_with_an_ellipsis():
+    assert cli.shortened("Low Rank Factorization", 9) == "Low Rank…" and cli.shortened("Low Rank", 8) == "Low Rank"
+
+
 def test_the_readme_table_links_what_is_ready(result):
     status, out, _ = heads("list", "--markdown")
     assert status == 0

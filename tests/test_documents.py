@@ -141,6 +141,15 @@ def test_compressed_files_and_other_fields(llama, tmp_path):
     assert score_documents(llama, tmp_path / "in.gz", tmp_path / "s", CONDITIONS, text="content").scored == 3
 
 
+def test_half_a_surrogate_pair_and_brackets_without_end(llama, tmp_path):
+    """JSON can write both; UTF-8 cannot hold the first, nor Python read the second."""
+    halves = ['{"id": "\\ud800", "text": "two \\ud800 owls"}', '{"id": "\\ud800", "text": "two owls"}']
+    (tmp_path / "in").write_text("\n".join([*halves, "[" * 200_000]))
+    done = score_documents(llama, tmp_path / "in", tmp_path / "s", CONDITIONS)
+    assert done.scored == 1 and done.skipped == {"half a surrogate pair": 1, "not JSON": 1}
+    assert [record["id"] for record in lines(tmp_path / "s")] == ["\ud800", "\ud800", None]
+
+
 @pytest.mark.parametrize("n", [1, 3, 4])
 def test_shards_partition_exactly(llama, tmp_path, n):
     items, found = corpus(10), []
@@ -200,10 +209,55 @@ def test_a_finished_run_is_not_done_again_and_another_one_is_refused(llama, tmp_
     done = score_documents(llama, items, out, CONDITIONS)
     assert score_documents(llama, killed_after(items, 0), out, CONDITIONS) == done
     for change in ({"kind": "uniform"}, {"length": 9}, {"window": 7}, {"conditions": {"base": []}}, {"shard": (0, 2)}):
-        with pytest.raises(ValueError, match=f"with another {next(iter(change))}"):
+        with pytest.raises(ValueError, match=f"differs in: {next(iter(change))}"):
             score_documents(llama, items, out, **{"conditions": CONDITIONS} | change)
-    with pytest.raises(ValueError, match="with another model"):
+    with pytest.raises(ValueError, match="differs in: model"):
         score_documents(tiny("qwen3"), items, out, CONDITIONS)
+
+
+def test_other_documents_are_another_run(llama, tmp_path):
+    """Else the scores of one file would be taken for those of the other."""
+    out = tmp_path / "s"
+    write(tmp_path / "a", corpus(3))
+    write(tmp_path / "b", corpus(3, seed=1))
+    score_documents(llama, tmp_path / "a", out, CONDITIONS)
+    for change in ("b", "a"):
+        write(tmp_path / "a", corpus(4))
+        with pytest.raises(ValueError, match="differs in: documents"):
+            score_documents(llama, tmp_path / change, out, CONDITIONS)
+
+
+def test_files_that_are_not_its_own_stay_as_they_are(llama, tmp_path):
+    write(tmp_path / "in", corpus(3))
+    (tmp_path / "mine").write_text("precious")
+    before = (tmp_path / "in").read_bytes()
+    with pytest.raises(ValueError, match="holds the documents themselves"):
+        score_documents(llama, tmp_path / "in", tmp_path / "in", CONDITIONS)
+    with pytest.raises(ValueError, match="no record of how mine was made"):
+        score_documents(llama, tmp_path / "in", tmp_path / "mine", CONDITIONS)
+    (tmp_path / "mine.about.json").write_text('{"run": ')  # torn
+    with pytest.raises(ValueError, match="no record of how mine, mine.about.json was made"):
+        score_documents(llama, tmp_path / "in", tmp_path / "mine", CONDITIONS)
+    assert (tmp_path / "in").read_bytes() == before and (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_damaged_partial_file_names_its_line(llama, tmp_path):
+    items = corpus(7)
+    with pytest.raises(Killed):
+        score_documents(llama, killed_after(items, 6), tmp_path / "s", CONDITIONS, window=3)
+    partial = tmp_path / "s.partial"
+    kept = partial.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(b"".join([kept[0], b"\0\0\0\n", *kept[2:]]))  # what a power cut leaves on some file systems
+    with pytest.raises(ValueError, match=r"s.partial, line 2, is damaged: delete s.partial, s.about.json"):
+        score_documents(llama, items, tmp_path / "s", CONDITIONS, window=3)
+
+
+def test_a_compressed_file_that_is_not_whole_is_named(llama, tmp_path):
+    whole = gzip.compress("".join(json.dumps(item) + "\n" for item in corpus(60)).encode())
+    for k, (part, why) in enumerate([(whole[: len(whole) // 2], "end-of-stream"), (b"no gzip at all", "after 0 lines")]):
+        (tmp_path / "in.gz").write_bytes(part)
+        with pytest.raises(OSError, match=f"in.gz cannot be decompressed .*{why}.*: is it complete"):
+            score_documents(llama, tmp_path / "in.gz", tmp_path / f"{k}", {"base": []}, window=20)
 
 
 def test_documents_are_never_all_held(llama, tmp_path, monkeypatch):
@@ -236,8 +290,14 @@ def test_bad_arguments_are_refused_before_anything_is_written(llama, tmp_path):
             score_documents(llama, corpus(1), tmp_path / "s", **{"conditions": CONDITIONS} | wrong)
     with pytest.raises(ValueError, match="encoder"):
         score_documents(tiny("bert"), corpus(1), tmp_path / "s", CONDITIONS)
-    with pytest.raises(FileNotFoundError, match="no file of documents"):
-        score_documents(llama, tmp_path / "nothing", tmp_path / "s", CONDITIONS)
+    for documents_, out, message in [
+        (tmp_path / "nothing", tmp_path / "s", "no file of documents"), (tmp_path, tmp_path / "s", "is a folder"),
+        (corpus(1), tmp_path / "no" / "s", "no folder .*no to write s to"),
+    ]:  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=message):
+            score_documents(llama, documents_, out, CONDITIONS)
+    with pytest.raises(ValueError, match="is a folder: name the file"):
+        score_documents(llama, corpus(1), tmp_path, CONDITIONS)
     with pytest.raises(IndexError):
         score_documents(llama, corpus(1), tmp_path / "s", {"x": [(9, 9)]})
     assert not list(tmp_path.iterdir())
@@ -253,10 +313,40 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         cli.main()
     assert not stop.value.code and "2 documents: 2 scored" in capsys.readouterr().out
     assert set(lines(tmp_path / "out")[0]) >= {"loss_base", "loss_masked", "loss_random 0", "loss_random 1"}
-    monkeypatch.setattr(sys, "argv", ["heads", *words, "one"])
-    with pytest.raises(SystemExit):
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--shard one", "expected i/n"), ("--shard 2/2", "numbered from 0"), ("--top 0", "--top 0"),
+        ("--top 2.5", "--top 2.5"), ("--controls -1", "--controls -1"), ("--scores in", "in holds no head scores"), ("--scores no", "'no'"),
+        ("--scores large", r"(6, 9) (layers, heads), but tiny-llama has (4, 4)"), ("--device cuda:9", "device='cuda:9'"),
+        ("--field body", "no field 'body': 2"), ("--model tiny-lama", "did you mean 'tiny-llama'"),
+    ],
+)  # fmt: skip
+def test_the_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in", corpus(2))
+    for name, shape in (("scores", (4, 4)), ("large", (6, 9))):
+        heads.HeadScores(torch.rand(*shape, generator=torch.Generator().manual_seed(0))).save(tmp_path / name)
+    words = "score-documents in out --scores scores --model tiny-llama --device cpu --top 2 " + options
+    monkeypatch.setattr(sys, "argv", ["heads", *words.split()])
+    with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert "expected i/n" in capsys.readouterr().err
+    found = capsys.readouterr()
+    assert stop.value.code == 2 and message in found.out + found.err and "Traceback" not in found.err
+    assert found.err.count("heads: ") == 1
+
+
+def test_stopped_by_the_keyboard_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_scored", interrupted)
+    monkeypatch.setattr(sys, "argv", ["heads", "score-documents", "in", "out", "--scores", "scores"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and "the same command goes on from out.partial" in capsys.readouterr().err
 
 
 def test_parquet_where_it_is_installed(llama, tmp_path):
