@@ -70,7 +70,8 @@ def answer_loss(model, batch: Sequence[Example]) -> torch.Tensor:
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in fed], device=device)
     # logits before the first answer are not needed; peft's virtual tokens stand in front of all
     keep = length - min(starts)
-    logits = _logits(model, input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep)[:, -keep:]
+    last = torch.arange(-keep, 0, device=device)  # named one by one, the rows come contiguous: one product, not one a row
+    logits = _logits(model, input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=last)[:, -keep:]
     losses = []
     for row, start, example in zip(logits, starts, batch):
         at = start - min(starts)
