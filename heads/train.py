@@ -187,7 +187,8 @@ def fit(trained, loss: Callable, data: Sequence, *, steps: int | None = None, ep
     """
     params = parameters_of(trained)
     total = _total(steps, epochs, len(data), batch, accumulate, schedule, patience, validate)
-    optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    many = sum(p.numel() for p in params) > 10**7  # all weights: a fused update goes through memory once, not ten times
+    optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=many or None)
     pace = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: _rate(n, total, warmup, schedule))
     context = torch.autocast(params[0].device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     done, good, best = Training(), _copy(params), None
@@ -200,7 +201,8 @@ def fit(trained, loss: Callable, data: Sequence, *, steps: int | None = None, ep
             _fail(done, params, good, value, norm, step)
             break
         done.losses.append(value)
-        good = _copy(params)
+        for kept, p in zip(good, params):
+            kept.copy_(p.detach())
         optimiser.step()
         pace.step()
         done.kept = step + 1
