@@ -34,54 +34,68 @@ class Plan:
     positions: tuple[int, ...] | None
     values: torch.Tensor | None
 
-    def where(self, offset: int, length: int) -> list[int]:
-        """Which of the `length` positions of a pass that starts at `offset` are ablated."""
-        if offset == 0:
+    def where(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is ablated of the pass that is called with `inputs`: booleans and `token_numbers`, `[row or 1, position]`."""
+        past, number = inputs.get("past_key_values"), token_numbers(inputs)
+        chosen = number >= 0
+        from_end = number - number.amax(1, keepdim=True) - 1  # -1 for a row's last token
+        if past is None or not past.get_seq_length():
             # The last prompt token decides the first answer token: it belongs to decoding.
-            first = {"both": range(length), "prefill": range(length - 1), "decode": range(length - 1, length)}
-            chosen = first[self.phase]
+            chosen = chosen & {"both": chosen, "prefill": from_end < -1, "decode": from_end == -1}[self.phase]
         else:
-            chosen = range(length) if self.phase != "prefill" else range(0)
-        if self.positions is None:
-            return list(chosen)
-        # Negative positions count from the end of the prompt, so they mean something in its pass only.
-        wanted = {p + length if p < 0 and offset == 0 else p - offset for p in self.positions}
-        return [p for p in chosen if p in wanted]
+            # Negative positions count from the end of the prompt, so they mean something in its pass only.
+            chosen, from_end = chosen & (self.phase != "prefill"), torch.zeros_like(number)
+        if self.positions is not None:
+            wanted = torch.tensor(self.positions, dtype=torch.long)
+            chosen = chosen & (torch.isin(number, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0]))
+        return chosen, number
 
-    def new(self, layer: int, offset: int, at: list[int], old: torch.Tensor) -> torch.Tensor:
-        """Replacement for `old`, `[batch, position, head, d_head]`, at the positions `at` of this pass."""
+    def new(self, layer: int, at: torch.Tensor, number: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """What stands in for `old`, `[row, position, head, d_head]`, where `at`."""
         if self.values is None:
-            return torch.zeros_like(old)
+            return old.new_zeros(1)
         values = self.values[layer].to(old)
         if values.dim() == 2:
-            return values.expand_as(old)
-        absolute = [offset + p for p in at]
-        if absolute[-1] >= values.shape[0]:
+            return values
+        if (last := int(number[at].max())) >= len(values):
             raise IndexError(
-                f"position {absolute[-1]} is ablated, but the reference holds {values.shape[0]} positions: give a reference "
+                f"position {last} is ablated, but the reference holds {len(values)} positions: give a reference "
                 "as long as the prompt, choose positions, or use per_position=False"
             )
-        return values[absolute].expand_as(old)
+        return values[number.clamp(0, len(values) - 1).to(values.device)]
 
     def apply(self, model) -> None:
         """Edit the pass that is running. Call inside a trace, once per forward."""
         layers = self.mask.any(0).any(-1).nonzero().flatten().tolist()
         # Read even if no head is chosen: a step of `tracer.iter` that asks for nothing never ends.
-        args, kwargs = model.inputs
-        past = kwargs.get("past_key_values")
-        offset = past.get_seq_length() if past is not None else 0
-        for i in layers:
+        at, number = self.where(named_inputs(*model.inputs))
+        for i in layers if at.any() else ():
             attn = model.layers[i].attn
             # A query of zeros makes all logits equal: attention is uniform over what is visible.
-            view = attn.q if self.kind == "uniform" else attn.heads
-            if len(self.mask) not in (1, len(view)):
-                sets, rows = len(self.mask), len(view)
+            what = "q" if self.kind == "uniform" else "heads"
+            old = getattr(attn, what)
+            if len(self.mask) not in (1, len(old)):
+                sets, rows = len(self.mask), len(old)
                 raise ValueError(f"{sets} sets of heads for a batch of {rows} rows: give one, or one for each row")
-            at = self.where(offset, view.shape[1])
-            if at:
-                chosen = self.mask[:, i, None, :, None].to(view.device)
-                old = view[:, at]
-                view[:, at] = torch.where(chosen, self.new(i, offset, at, old), old)
+            chosen = (at[:, :, None] & self.mask[:, None, i])[..., None].to(old.device)
+            setattr(attn, what, torch.where(chosen, self.new(i, at, number, old), old))
+
+
+def named_inputs(args, kwargs) -> dict:
+    """What a model is called with, by name."""
+    return {**({"input_ids": args[0]} if args else {}), **kwargs}
+
+
+def token_numbers(inputs: dict) -> torch.Tensor:
+    """Each position's number among the real tokens of its row, from 0 and cached ones included, in the pass that is
+    called with `inputs`; -1 for padding. `[row or 1, position]`, on the CPU."""
+    ids = inputs.get("input_ids")
+    length = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
+    mask, past = inputs.get("attention_mask"), inputs.get("past_key_values")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        mask = torch.ones(1, length + (past.get_seq_length() if past is not None else 0))
+    mask = mask.cpu().long()
+    return (mask.cumsum(-1) * mask - 1)[:, -length:]
 
 
 def head_mask(model, sets: list[Iterable]) -> torch.Tensor:

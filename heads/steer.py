@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from heads.ablation import named_inputs, token_numbers
 from heads.anatomy import names_of
 
 HOW = ("add", "scale", "mix", "replace")
@@ -143,15 +144,9 @@ class Steering:
             if self.positions.shape != (rows, length):
                 raise ValueError(f"positions are {list(self.positions.shape)}, the prompt {[rows, length]} [row, position]")
             return self.positions.bool()
-        mask = inputs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            past = inputs.get("past_key_values")
-            mask = torch.ones(1, length + (past.get_seq_length() if past is not None else 0))
-        count = mask.cpu().long().cumsum(-1)  # 1 for a row's first real token
-        wanted = torch.zeros_like(count, dtype=torch.bool)
-        for p in self.positions:
-            wanted |= count == (p + 1 if p >= 0 else count[:, -1:] + p + 1)
-        return (wanted & mask.cpu().bool())[:, -length:]
+        number, wanted = token_numbers(inputs), torch.tensor(self.positions, dtype=torch.long)
+        from_end = number - number.amax(1, keepdim=True) - 1
+        return (number >= 0) & (torch.isin(number, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0]))
 
     @property
     def edited(self):
@@ -165,7 +160,7 @@ class Steering:
     def apply(self, model, step: int) -> None:
         """Steer the pass that is running. Call inside a trace, once per forward."""
         args, kwargs = model.inputs  # read even if nothing is steered: an iterated step that asks for nothing never ends
-        at = self.where(step, _named(args, kwargs))
+        at = self.where(step, named_inputs(args, kwargs))
         if at is not None and not at.any():
             return
         tables = self.tables()
@@ -183,7 +178,7 @@ class Steering:
         module, now = self.model._module, {}
 
         def start(_, args, kwargs):
-            now["at"], now["tables"] = self.where(0, _named(args, kwargs)), self.tables()
+            now["at"], now["tables"] = self.where(0, named_inputs(args, kwargs)), self.tables()
 
         def edit(layer):
             def hook(_, args):
@@ -253,10 +248,6 @@ class Steering:
 def steered(model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None, decode=True):
     """The model with its heads steered: `Steering(...).edited`. See `Steering` for the arguments."""
     return Steering(model, vectors, gates, how, heads=heads, positions=positions, decode=decode).edited
-
-
-def _named(args, kwargs) -> dict:
-    return {**({"input_ids": args[0]} if args else {}), **kwargs}
 
 
 def _identity(model) -> dict:

@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
@@ -164,14 +165,27 @@ def test_generate_equals_running_the_whole_text_again(decoder, kind, where, at):
     assert torch.equal(found, ids)
 
 
-def test_a_padded_batch_is_ablated_like_each_prompt(decoder):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("where", [{"phase": "decode"}, {"phase": "prefill"}, {"positions": [-2]}, {"positions": [1, 3]}, {}])
+def test_a_padded_batch_is_ablated_like_each_prompt(decoder, side, where):
     texts = ["rain", "ten geese and a lamp", "two brown owls"]
-    for kind in ("zero", "uniform"):
-        edited = heads.ablate(decoder, CHOSEN, kind, phase="decode")
-        inputs = padded(decoder, texts)
-        found = logits_of(edited, **{"ids": inputs.pop("input_ids"), **inputs})[:, -1]
+    values = torch.randn(4, 20, 4, decoder.anatomy.d_head)  # another one at each position
+    for kind, more in (("zero", {}), ("uniform", {}), ("mean", {"values": values})):
+        edited, inputs = heads.ablate(decoder, CHOSEN, kind, **more, **where), padded(decoder, texts, side)
+        found = logits_of(edited, **{"ids": inputs.pop("input_ids"), **inputs})
         for row, text in enumerate(texts):
-            near(found[row], logits_of(edited, decoder.ids(text))[0, -1])
+            near(found[row, inputs["attention_mask"][row].bool()], logits_of(edited, decoder.ids(text))[0])
+
+
+def test_gradients_flow_past_an_ablation(llama):
+    """Attribution in an ablated model: the edit is no in-place change of what backward needs."""
+    ids = ids_of(llama, rows=2)
+    task = heads.tasks.Task("hand", ids, ids[:, 0], ids[:, 1:2], ids_of(llama, rows=2, seed=1))
+    for kind in ("zero", "uniform"):
+        edited = heads.ablate(llama, [(1, 1)], kind)
+        found = heads.attribution_patching(edited, task, positions="all")
+        assert abs(found.values[0]).max() > 0
+        assert np.allclose(found.base, heads.evaluate(edited, task), atol=1e-5)
 
 
 def test_each_row_of_a_batch_has_its_own_set(decoder):
