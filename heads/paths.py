@@ -62,7 +62,7 @@ class Route:
         for what, value, known in (("component", self.component, COMPONENTS), ("mlps", self.mlps, MLPS)):
             if value not in known:
                 raise ValueError(f"{what}={value!r}: expected one of {', '.join(known)}")
-        if self.position not in task.roles:
+        if not isinstance(self.position, str) or self.position not in task.roles:
             task.at(self.position)  # raises, naming the roles
             raise ValueError(f"path patching acts at one position per prompt: a role, not {self.position!r}")
         if not self.receivers and self.position != "END":
@@ -109,7 +109,7 @@ def path_scores(model, task: Task, receivers=(), component: str = "q", *, positi
         raise ValueError(f"scan={scan!r}, engine={engine!r}: expected one of {SCANS} and one of {ENGINES}")
     route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
     top = model.anatomy.n_layers
-    if receivers:
+    if route.receivers:
         top = route.layers[0] if scan == "earliest" else route.layers[-1]
     kinds = [*range(model.anatomy.n_heads), *([MLP] if mlp_senders else [])]
     sets = [((layer, head),) for layer in range(top) for head in kinds if (layer, head) not in route.receivers]
@@ -140,13 +140,14 @@ def path_effect(model, task: Task, senders, receivers=(), component: str = "q", 
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}: expected one of {ENGINES}")
     route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
-    plain = [(layer, 0 if head == MLP else head) for layer, head in senders]
-    model.anatomy.check(plain)
-    if not plain:
+    senders = [(layer, head) for layer, head in senders]
+    whole = model.anatomy.check((layer, 0) for layer, head in senders if head == MLP)
+    senders = {*model.anatomy.check(s for s in senders if s[1] != MLP), *((layer, MLP) for layer, _ in whole)}
+    if not senders:
         raise ValueError("no senders: give (layer, head) pairs, or (layer, 'mlp')")
     if both := set(route.receivers) & set(senders):
         raise ValueError(f"head {min(both)} is sender and receiver: a path leads from one head to another")
-    if receivers and (above := [s for s in senders if s[0] >= route.layers[-1]]):
+    if route.receivers and (above := [s for s in senders if s[0] >= route.layers[-1]]):
         raise ValueError(
             f"sender {above[0]} is not below any receiver (the last is in layer {route.layers[-1]}): a path goes upwards"
         )

@@ -147,3 +147,16 @@ def test_a_twin_that_does_not_differ_at_a_prompt_is_refused(llama):
     task = toy(llama)
     with pytest.raises(ValueError, match="does not differ"):
         Task("same", task.ids, task.answers, task.foils, task.ids.clone())
+
+
+@pytest.mark.parametrize("engine", ["fast", "literal"])
+def test_senders_and_receivers_come_in_many_forms(llama, engine):
+    task, more = toy(llama, prompts=3), dict(engine=engine)
+    once = heads.path_effect(llama, task, [(1, 1), (0, 2)], [(3, 0)], **more)
+    for senders in ([(1, 1), (0, 2), (1, 1)], np.array([[1, 1], [0, 2]]), (pair for pair in [(1, 1), (0, 2)])):
+        again = heads.path_effect(llama, task, senders, np.array([[3, 0]]), **more)
+        assert torch.equal(once, again)  # a head that is listed twice sends once
+    with pytest.raises(ValueError, match="a role, not"):
+        heads.path_effect(llama, task, [(1, 1)], position=["END"])
+    table = heads.path_scores(llama, task, (pair for pair in [(2, 0)]), progress=False, engine=engine)
+    assert np.array_equal(table.values, heads.path_scores(llama, task, [(2, 0)], progress=False, engine=engine).values)
