@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral
+from operator import index
 
 import nnsight
 import torch
@@ -109,7 +109,10 @@ def head_mask(model, sets: list[Iterable]) -> torch.Tensor:
 
 
 def _is_head(x) -> bool:
-    return len(x) == 2 and all(isinstance(i, Integral) for i in x)
+    try:
+        return len([index(i) for i in x]) == 2
+    except TypeError:
+        return not isinstance(x, list)  # not a set of heads either: `check` names it
 
 
 def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=None, reference=None, values=None,
@@ -143,7 +146,7 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
     if needs != (reference is not None or values is not None):
         wants = "needs a reference=[texts] or values=" if needs else "takes neither a reference nor values"
         raise ValueError(f"kind={kind!r} {wants}")
-    heads = list(heads)
+    heads = [list(x) if isinstance(x, Iterable) else x for x in heads]
     mask = head_mask(model, [heads] if not heads or _is_head(heads[0]) else heads)
     if needs and values is None:
         values = reference_values(model, reference, kind, per_position, seed)

@@ -19,6 +19,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from nnsight.intervention.envoy import Envoy
@@ -121,12 +122,20 @@ class Attention(Envoy):
         # A pattern that was only read leaves the pass to SDPA, to the bit.
         if not _edited(view, self.__dict__.get("_pattern_version")):
             return raw
-        return raw[0], {**raw[1], "pattern_override": view}
+        return self._override(raw, view)
 
     @pattern.postprocess
     def pattern(self, value):
-        args, kwargs = self._raw(Attention.pattern)
-        return args, {**kwargs, "pattern_override": value}
+        return self._override(self._raw(Attention.pattern), value)
+
+    @staticmethod
+    def _override(raw, weights: torch.Tensor):
+        now = Mediator.current("pattern")
+        if now.batch_group is not None and now.interleaver.batcher.batching:  # nnsight puts back rows of what was there
+            raise NotImplementedError(
+                "a pattern cannot be edited in one of several invokes: edit it in a trace of its own, or edit q or heads"
+            )
+        return raw[0], {**raw[1], "pattern_override": weights}
 
     @Located(key="proj_input", description="heads [batch, position, head, d_head], before the output projection")
     def heads(self, value) -> torch.Tensor:
@@ -215,18 +224,19 @@ class Anatomy:
             TypeError: if an entry is not a pair of integers.
             IndexError: if one does not exist; the message says how many there are.
         """
+        found = set()
         for pair in heads:
             try:
-                layer, head = pair
-                layer, head = int(layer), int(head)
+                layer, head = map(index, pair)
             except (TypeError, ValueError):
-                raise TypeError(f"a head is a pair (layer, head), got {pair!r}") from None
+                raise TypeError(f"a head is a pair of whole numbers (layer, head), got {pair!r}") from None
             if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
                 raise IndexError(
                     f"head ({layer}, {head}) does not exist: the model has layers 0 to {self.n_layers - 1} "
                     f"with heads 0 to {self.n_heads - 1} each"
                 )
-        return sorted({(int(layer), int(head)) for layer, head in heads})
+            found.add((layer, head))
+        return sorted(found)
 
 
 def names_of(config) -> Names:

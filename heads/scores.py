@@ -59,6 +59,9 @@ class HeadScores:
     def __len__(self) -> int:
         return self.values.size
 
+    def __iter__(self):
+        raise TypeError("scores are a table, not a list of heads: choose some, with .top(k) or .above(threshold)")
+
     def __getitem__(self, head: Head) -> float:
         return float(self.values[head])
 
@@ -173,7 +176,10 @@ def random_heads(like, shape: tuple[int, int], match: str = "layer", n_sets: int
     """
     if match not in ("layer", "near", "none"):
         raise ValueError(f"match={match!r}: expected 'layer', 'near' or 'none'")
-    like, barred = list(like), {*like, *exclude}
+    like, exclude = ([(int(layer), int(head)) for layer, head in some] for some in (like, exclude))
+    if outside := [pair for pair in like if not (0 <= pair[0] < shape[0] and 0 <= pair[1] < shape[1])]:
+        raise ValueError(f"head {outside[0]} does not exist in {shape[0]} layers of {shape[1]} heads: it has no controls")
+    barred = {*like, *exclude}
     free = [(layer, head) for layer in range(shape[0]) for head in range(shape[1]) if (layer, head) not in barred]
     if len(free) < len(like):
         raise ValueError(f"{len(like)} random heads asked for, but only {len(free)} heads are not excluded")

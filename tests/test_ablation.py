@@ -301,3 +301,22 @@ def test_a_reference_shorter_than_the_prompt_is_named(llama):
 def test_a_batch_that_does_not_fit_the_sets_is_refused(llama, rows):
     with pytest.raises(Exception, match=f"2 sets of heads for a batch of {rows} rows"):
         logits_of(heads.ablate(llama, [CHOSEN, []]), ids_of(llama, rows=rows))
+
+
+@pytest.mark.parametrize("heads_given", [
+    np.array([[1, 1], [2, 0]]), torch.tensor([[1, 1], [2, 0]]), {(1, 1), (2, 0)}, ((np.int64(1), 1), (2, np.int32(0))),
+    [(pair for pair in [(1, 1), (2, 0)])],
+])  # fmt: skip
+def test_heads_come_in_many_forms(llama, heads_given):
+    ids = ids_of(llama)
+    found = logits_of(heads.ablate(llama, heads_given), ids)
+    assert torch.equal(found, logits_of(heads.ablate(llama, [(1, 1), (2, 0)]), ids))
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ((3, 1), "a head is a pair of whole numbers"), ([(1.5, 0)], "got 1.5"), ([("1", "0")], "got"), ("ab", "got"),
+    (heads.HeadScores(np.zeros((4, 4))), r"choose some, with \.top\(k\)"),
+])  # fmt: skip
+def test_what_is_no_head_is_named(llama, wrong, words):
+    with pytest.raises(TypeError, match=words):
+        heads.ablate(llama, wrong)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
-from conftest import DECODERS, ENCODERS, ids_of, near, padded, plain_logits, plain_of, tiny
+from conftest import DECODERS, ENCODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from transformers.cache_utils import DynamicCache
 
 import heads
@@ -399,3 +399,47 @@ def test_the_anatomy_prints_its_counts():
         "gemma3_text: 4 layers x 4 heads (2 key-value heads), d_head 16, 2 layers with a sliding window of 8"
     )
     assert tiny("gemma3").anatomy.full_layers == [1, 3] and tiny("gemma3").anatomy.n == 16
+
+
+def test_heads_may_be_an_iterator(llama):
+    """Read once: a generator that is checked is not empty afterwards."""
+    assert llama.anatomy.check(pair for pair in [(2, 1), (0, 3)]) == [(0, 3), (2, 1)]
+    w, ids = torch.eye(12)[:1], ids_of(llama)
+    found = logits_of(heads.force_attention(llama, ((1, h) for h in range(4)), w), ids)
+    assert torch.equal(found, logits_of(heads.force_attention(llama, [(1, h) for h in range(4)], w), ids))
+    assert not torch.equal(found, logits_of(llama, ids))
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+@pytest.mark.parametrize("what", ["heads", "q", "k", "v", "pattern"])
+def test_an_edit_in_one_of_several_invokes(decoder, what, how):
+    """It reaches its rows and no others, or is refused: it is never lost."""
+    ids = ids_of(decoder, rows=2)
+
+    def edit(attn):
+        x = getattr(attn, what)
+        if how == "assigned":
+            setattr(attn, what, x.flip(1))
+        else:
+            x[:] = x.flip(1)
+
+    def run():
+        with torch.no_grad(), decoder.trace() as tracer:
+            with tracer.invoke(input_ids=ids[:1]):
+                first = decoder.logits.save()
+            with tracer.invoke(input_ids=ids[1:]):
+                edit(decoder.layers[1].attn)
+                second = decoder.logits.save()
+        return first, second
+
+    if what == "pattern":
+        with pytest.raises(Exception, match="cannot be edited in one of several invokes"):
+            run()
+        return
+    first, second = run()
+    with torch.no_grad(), decoder.trace(input_ids=ids[1:]):
+        edit(decoder.layers[1].attn)
+        alone = decoder.logits.save()
+    near(first, logits_of(decoder, ids[:1]))
+    near(second, alone)
+    assert (second - logits_of(decoder, ids[1:])).abs().max() > 1e-3

@@ -182,3 +182,10 @@ def test_too_few_heads_and_unknown_matches_are_refused():
         random_heads([(0, 0), (0, 1), (0, 2)], (1, 4), match="none")
     with pytest.raises(ValueError, match="'layer', 'near' or 'none'"):
         random_heads([(0, 0)], (2, 2), match="layers")
+
+
+def test_controls_take_arrays_and_refuse_heads_that_do_not_exist():
+    like = np.array([[0, 1], [2, 2]])
+    assert random_heads(like, (4, 4)) == random_heads([(0, 1), (2, 2)], (4, 4))
+    with pytest.raises(ValueError, match=r"head \(9, 0\) does not exist in 4 layers"):
+        random_heads([(9, 0)], (4, 4), match="near")
