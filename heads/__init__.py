@@ -61,7 +61,7 @@ _HOME = {
     "rouge1_recall": "retrieval",
     "token_f1": "tasks.facts",
 }
-_MODULES = ("anatomy", "checks", "metrics", "models", "papers", "plot", "tasks")
+_MODULES = ("anatomy", "checks", "metrics", "models", "papers", "plot", "tasks", "train")
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

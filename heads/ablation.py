@@ -143,9 +143,13 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
     if kind not in KINDS or phase not in PHASES:
         raise ValueError(f"kind={kind!r}, phase={phase!r}: expected one of {KINDS} and one of {PHASES}")
     needs = kind in ("mean", "resample")
-    if needs != (reference is not None or values is not None):
-        wants = "needs a reference=[texts] or values=" if needs else "takes neither a reference nor values"
+    if needs != (reference is not None or values is not None) or (reference is not None and values is not None):
+        wants = "needs a reference=[texts] or values=, one of the two" if needs else "takes neither a reference nor values"
         raise ValueError(f"kind={kind!r} {wants}")
+    if values is not None:
+        values, (n, h, d) = torch.as_tensor(values), (model.anatomy.n_layers, model.anatomy.n_heads, model.anatomy.d_head)
+        if values.dim() not in (3, 4) or (values.shape[0], *values.shape[-2:]) != (n, h, d):
+            raise ValueError(f"the values are {list(values.shape)}, expected [{n}, {h}, {d}] or [{n}, position, {h}, {d}]")
     heads = [list(x) if isinstance(x, Iterable) else x for x in heads]
     mask = head_mask(model, [heads] if not heads or _is_head(heads[0]) else heads)
     if needs and values is None:
@@ -159,12 +163,19 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
 
 def reference_values(model, texts, kind: str, per_position: bool = True, seed: int = 0) -> torch.Tensor:
     """What replaces ablated heads: the mean over texts, or the activations of one drawn text."""
-    if isinstance(texts, (str, Mapping)):
-        raise TypeError("a reference is a list of texts")
-    texts = list(texts)
+    texts = list(_listed(texts))
     if kind == "resample" and texts:
         texts = [texts[torch.randint(len(texts), (1,), generator=torch.Generator().manual_seed(seed)).item()]]
     return head_means(model, texts, per_position=per_position or kind == "resample")
+
+
+def _listed(texts):
+    if isinstance(texts, (str, Mapping, torch.Tensor)):
+        raise TypeError(
+            f"expected a list of texts, or of token ids [1, position], got one {type(texts).__name__}: put a text into a list, "
+            "and cut ids into prompts with ids.split(1)"
+        )
+    return texts
 
 
 def head_means(model, texts, per_position: bool | None = None, *, positions=None, batch: int = 1) -> torch.Tensor:
@@ -209,8 +220,10 @@ def head_activations(model, texts, position: int = -1, batch: int = 1) -> torch.
 
 def _activations(model, texts, positions, batch: int) -> Iterator[torch.Tensor]:
     """z of every head for each text in turn, `[layer, position, head, d_head]`, float32; at some positions, or all."""
-    texts = iter(texts)
+    texts = iter(_listed(texts))
     while group := [x if isinstance(x, torch.Tensor) else model.ids(x) for x in islice(texts, batch)]:
+        if bad := [list(ids.shape) for ids in group if ids.dim() != 2 or len(ids) != 1 or not ids.numel()]:
+            raise ValueError(f"a text of token ids {bad[0]}: expected [1, position], with at least one token")
         longest = max(ids.shape[1] for ids in group)
         inputs = {"input_ids": torch.cat([pad(ids, (0, longest - ids.shape[1])) for ids in group]).to(model.device)}
         if any(ids.shape[1] < longest for ids in group):

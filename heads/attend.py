@@ -36,6 +36,8 @@ def attention_to(model, task: Task, query: str = "END", roles: Mapping[str, torc
     if query not in task.roles:
         raise LookupError(f"{task.name} has no role {query!r}: choose from {', '.join(task.roles)}")
     roles = dict(task.roles if roles is None else roles)
+    if not roles:
+        raise ValueError("no roles: give name -> positions, or None for those of the task")
     where = torch.stack([_positions(task, name, at) for name, at in roles.items()], 1)  # [prompt, role]
     total = 0
     for start in range(0, len(task), batch):
@@ -138,8 +140,9 @@ def _force(model, by_layer: dict[int, list[int]], weights: torch.Tensor, at: tor
             )
         read = v[:, :, [h // group for h in chosen]]
         mixed = torch.einsum("bk,bkhd->bhd", weights.to(read).expand(len(v), -1), read)
-        z, rows = attn.heads, torch.arange(len(v), device=v.device)[:, None]
+        z, rows = attn.heads.clone(), torch.arange(len(v), device=v.device)[:, None]
         z[rows, at.to(v.device).expand(len(v))[:, None], torch.tensor(chosen, device=v.device)] = mixed
+        attn.heads = z  # not in place: backward may need what was there
 
 
 def _checked(weights, position, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,6 +122,7 @@ def _frozen(model, layer: int, z: torch.Tensor, u: torch.Tensor) -> tuple[torch.
     return reads, u.new_zeros(len(u)) if bias is None else u @ bias.detach().to(u.device).float(), written
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def direct_attribution(
     model, task: Task, metric: str | Metric = logit_difference, reference: str | None = None, batch: int = 64
@@ -214,6 +215,7 @@ def _turned(task: Task, direction: str) -> Task:
     return task if direction == "noising" else task.swapped()
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
 def attribution_patching(model, task: Task, metric: str | Metric = logit_difference, direction: str = "noising",
                          positions="END", batch: int = 16) -> Effects:  # fmt: skip
     """A first-order estimate of activation patching, for all heads (and MLPs) from two forwards and one backward.
@@ -260,6 +262,7 @@ def _first_order(model, part: Task, read: Metric, positions):
     return heads, mlps, base.detach().cpu(), _read(part, read, source_logits).cpu()
 
 
+@torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
 def integrated_gradients(model, task: Task, metric: str | Metric = logit_difference, *, source: str = "corrupted",
                          direction: str = "noising", positions="END", steps: int = 8, batch: int = 16):  # fmt: skip
     """Effects that add up: gradients along the way from all heads as they are to all heads replaced.

@@ -237,6 +237,7 @@ def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", layer: int
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     if layer is not None and kind != "resid":
         raise ValueError(f"kind={kind!r} is the same for all layers: layer={layer} is for kind='resid'")
+    model.anatomy.check([(layer or 0, 0)])
     ids = torch.as_tensor(ids, device=model.device)
     if ids.dim() != 1 or not len(ids):
         raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")

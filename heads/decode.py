@@ -241,6 +241,8 @@ class Conditions:
     def score(self, answer_ids: torch.Tensor) -> dict[str, AnswerScore]:
         """Teacher-forced score of a gold answer, `[token]` ids that continue the prompt."""
         answer, scores = answer_ids.to(self.ids.device).flatten(), {}
+        if not len(answer):
+            raise ValueError("the answer has no token: there is nothing to score")
         for names, edited in self.chunks:
             state = self._start(edited, len(names))
             fed = torch.cat([self.ids[0, -1:], answer[:-1]]).expand(len(names), -1)

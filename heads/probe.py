@@ -57,6 +57,8 @@ def fit_probes(z: torch.Tensor, labels, kind: str = "mean", folds: int = 5, seed
     if kind not in DIRECTIONS:
         raise ValueError(f"kind={kind!r}: expected one of {DIRECTIONS}")
     labels, z = np.asarray(labels), z.detach().float().cpu()
+    if z.dim() != 4 or not z.isfinite().all():
+        raise ValueError(f"expected finite activations [example, layer, head, d_head], got {list(z.shape)}")
     if len(labels) != len(z) or set(labels.tolist()) - {0, 1}:
         found = sorted(set(labels.tolist()))[:5]
         raise ValueError(f"expected a label, 0 or 1, for each of {len(z)} examples; got {len(labels)}: {found}")

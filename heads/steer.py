@@ -76,9 +76,8 @@ class Steering:
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors `[layer, head, d_head]` and gates `[layer, head, 1]` as they are now, checked."""
         anatomy, n = self.model.anatomy, len(self.heads or [])
-        vectors = self.vectors() if callable(self.vectors) else self.vectors
-        gates = self.gates() if callable(self.gates) else self.gates
-        gates = (gates if isinstance(gates, torch.Tensor) else torch.tensor(float(gates))).to(vectors.device)
+        vectors, gates = (torch.as_tensor(x() if callable(x) else x) for x in (self.vectors, self.gates))
+        gates = gates.to(vectors.device)
         whole, table = (anatomy.n_layers, anatomy.n_heads, anatomy.d_head), (anatomy.n_layers, anatomy.n_heads)
         if vectors.shape not in ((whole,) if self.heads is None else (whole, (n, anatomy.d_head))):
             listed = f" or [{n}, {anatomy.d_head}] for the listed heads" if self.heads is not None else ""
@@ -175,6 +174,8 @@ class Steering:
         Every forward counts as a first pass. Backward belongs into the block, too: with `heads.train.checkpointing`
         layers are run once more there, and have to be steered once more.
         """
+        if self.model._edits:
+            raise ValueError("hooks act on the loaded module, where the edits of this model are not: use `edited`")
         module, now = self.model._module, {}
 
         def start(_, args, kwargs):

@@ -41,10 +41,14 @@ def examples(model, pairs, first: int | None = None, end: str = "") -> list[Exam
     Raises:
         ValueError: naming a pair whose answer is empty or melts into the prompt's last token.
     """
+    if first is not None and first < 1:
+        raise ValueError(f"first={first}: at least one token of each answer is kept")
     found = []
     for prompt, answer in pairs:
         ids = model.tokenizer(prompt).input_ids
         whole = model.tokenizer(prompt + answer + end).input_ids
+        if not ids:
+            raise ValueError(f"an empty prompt before {answer!r}: there is no token to read the answer's first one from")
         if whole[: len(ids)] != ids or len(whole) == len(ids):
             raise ValueError(
                 f"{answer + end!r} after {prompt[-40:]!r} is no continuation of its own in tokens: an answer must not be "

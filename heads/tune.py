@@ -72,6 +72,12 @@ def _width(module: nn.Module) -> int:
     return module.weight.shape[1 if _transposed(module) else 0]
 
 
+def _checked(parts: str) -> str:
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts={parts!r}: expected some of 'q', 'k', 'v' and 'o', such as 'qkvo' or 'vo'")
+    return parts
+
+
 class HeadWeights:
     """The weights of some heads, ready to be trained; inside `with` the model runs with them.
 
@@ -89,9 +95,7 @@ class HeadWeights:
     """
 
     def __init__(self, model, heads, parts: str = PARTS):
-        if not parts or set(parts) - set(PARTS):
-            raise ValueError(f"parts={parts!r}: expected some of 'q', 'k', 'v' and 'o', such as 'qkvo' or 'vo'")
-        self.model, self.heads, self.parts = model, model.anatomy.check(heads), parts
+        self.model, self.heads, self.parts = model, model.anatomy.check(heads), _checked(parts)
         if not self.heads:
             raise ValueError("no heads were chosen: there is nothing to tune")
         self.counts, self._places, self._on = dict.fromkeys(parts, 0), {}, False
@@ -216,8 +220,10 @@ def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, la
     """
     from peft import LoraConfig
 
-    layers = range(model.anatomy.n_layers) if layers is None else layers
-    wanted = {_rows(model, i)[part][0] for i in layers for part in parts}
+    chosen = model.anatomy.check((i, 0) for i in (range(model.anatomy.n_layers) if layers is None else layers))
+    wanted = {_rows(model, i)[part][0] for i, _ in chosen for part in _checked(parts)}
+    if not wanted:
+        raise ValueError("no layers were chosen: there is nothing to adapt")
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -243,6 +249,8 @@ def prompt_tuning(model, tokens: int = 10, text: str | None = None, seed: int = 
     """
     from peft import PromptTuningConfig
 
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: a prompt has at least one")
     wrapped = _wrapped(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), seed)
     table = model._module.get_input_embeddings().weight
     drawn = torch.randint(len(table), (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -284,6 +284,9 @@ def test_ablating_nothing_changes_nothing_to_the_bit(any_model, kind, nothing):
         (dict(heads=CHOSEN, kind="mean", reference=[]), ValueError, "no text"),
         (dict(heads=CHOSEN, kind="resample", reference=[]), ValueError, "no text"),
         (dict(heads=CHOSEN, kind="mean", reference="one text"), TypeError, "list of texts"),
+        (dict(heads=CHOSEN, kind="mean", reference=["x"], values=torch.zeros(4, 4, 8)), ValueError, "one of the two"),
+        (dict(heads=CHOSEN, kind="mean", values=torch.zeros(7, 4, 8)), ValueError, r"\[7, 4, 8\], expected \[4, 4, 8\]"),
+        (dict(heads=CHOSEN, kind="mean", values=torch.zeros(4, 8)), ValueError, r"or \[4, position, 4, 8\]"),
     ],
 )
 def test_bad_input_is_refused(llama, arguments, error, words):
@@ -320,3 +323,13 @@ def test_heads_come_in_many_forms(llama, heads_given):
 def test_what_is_no_head_is_named(llama, wrong, words):
     with pytest.raises(TypeError, match=words):
         heads.ablate(llama, wrong)
+
+
+@pytest.mark.parametrize("function", [heads.head_means, heads.head_activations])
+@pytest.mark.parametrize("texts, error, words", [
+    ("a text is no list of letters", TypeError, "got one str"), (torch.ones(3, 5).long(), TypeError, r"ids\.split\(1\)"),
+    ([torch.ones(2, 5).long()], ValueError, r"\[2, 5\]: expected \[1, position\]"), (["ab", ""], ValueError, "at least one token"),
+])  # fmt: skip
+def test_what_is_no_list_of_texts_is_refused(llama, function, texts, error, words):
+    with pytest.raises(error, match=words):
+        function(llama, texts, batch=2)

@@ -198,3 +198,8 @@ def test_an_encoder_may_look_ahead():
     task, weights = task_of(model, 3), torch.eye(20)[[15, 16, 17]]
     found = logits_of(force_attention(model, CHOSEN, weights, 4), task.ids)
     near(found, forced_by_hand(plain_of(model), task.ids, CHOSEN, weights, 4))
+
+
+def test_no_roles_are_refused(llama):
+    with pytest.raises(ValueError, match="no roles"):
+        heads.attention_to(llama, task_of(llama), roles={})

@@ -1,5 +1,6 @@
 """Attribution equals its definition: sums that come out, finite differences, and the model's own logits."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import DECODERS, ids_of, near, plain_of, tiny
@@ -282,3 +283,18 @@ def test_bad_input_is_refused(llama, call, error, words):
 
 def test_all_families_are_covered():
     assert set(BLOCKS) == set(NORMS) == set(DECODERS)
+
+
+@pytest.mark.parametrize("function", [heads.direct_attribution, heads.attribution_patching, heads.integrated_gradients])
+def test_gradients_are_taken_under_inference_mode_too(llama, function):
+    task = task_of(llama)
+    outside = function(llama, task)
+    with torch.inference_mode():
+        assert np.allclose(function(llama, task).values, outside.values, atol=1e-6)
+
+
+def test_gradients_flow_past_forced_attention(llama):
+    task = task_of(llama)
+    length = task.ids.shape[1]
+    forced = heads.force_attention(llama, [(2, 1)], torch.full((1, length), 1 / length))
+    assert abs(heads.attribution_patching(forced, task).values[0]).max() > 0

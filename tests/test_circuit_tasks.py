@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -378,3 +379,12 @@ def test_partial_answers_tell_the_options_apart(model):
 def test_families_of_word_tasks():
     assert {"past-tense", "plurals"} <= set(word_tasks("morphology")) < set(word_tasks())
     assert len(word_tasks()) >= 15
+
+
+def test_no_positions_are_refused_and_numpy_counts_are_counts():
+    ids = torch.arange(12).view(3, 4)
+    task = base.Task("hand", ids, torch.tensor([1, 2, 3]), torch.tensor([[9], [9], [9]]), ids + 1)
+    with pytest.raises(LookupError, match="no positions are chosen.*END.*'all'"):
+        task.at([])
+    assert task[np.int64(1)].ids.tolist() == [[4, 5, 6, 7]]
+    assert base.count("hand", np.int64(3), 5) == 3

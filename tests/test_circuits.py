@@ -314,3 +314,8 @@ def test_bad_maps_are_refused(llama):
         relabelled(LISTS, "backwards")
     with pytest.raises(ValueError, match="maps a token to itself"):
         successor_score(llama, relabelled(LISTS, "copy"), with_input=False)
+
+
+def test_an_effective_embedding_of_a_layer_that_is_not_there(llama):
+    with pytest.raises(IndexError, match="layers 0 to 3"):
+        effective_embedding(llama, torch.tensor([7]), "resid", layer=9)

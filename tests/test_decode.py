@@ -262,3 +262,8 @@ def test_bad_input_is_refused(llama):
         Conditions(llama, ids, {"none": [], "wrong": [(9, 9)]})
     with pytest.raises(ValueError, match="one prompt"):
         Conditions(llama, ids_of(llama, rows=2), SETS).score(ids[0])
+
+
+def test_an_empty_answer_has_no_score(llama):
+    with pytest.raises(ValueError, match="no token"):
+        heads.Conditions(llama, ids_of(llama), {"none": []}).score(torch.tensor([], dtype=torch.long))

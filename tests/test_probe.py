@@ -47,3 +47,9 @@ def test_bad_labels_are_refused():
             fit_probes(z, bad, progress=False)
     with pytest.raises(ValueError, match="kind="):
         fit_probes(z, labels, "median", progress=False)
+
+
+@pytest.mark.parametrize("z", [torch.zeros(10, 4, 8), torch.full((10, 1, 1, 8), torch.nan)])
+def test_activations_of_another_shape_or_not_finite_are_refused(z):
+    with pytest.raises(ValueError, match="finite activations"):
+        heads.fit_probes(z, [0, 1] * 5, progress=False)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
@@ -336,3 +337,16 @@ def test_means_hold_one_batch_at_a_time(llama):
     finally:
         del llama.__dict__["trace"]
     assert seen == [2, 4, 6]
+
+
+def test_hooks_of_an_edited_model_are_refused_and_arrays_are_taken(llama):
+    """Hooks act on the module alone: the edits would be lost without a word."""
+    with pytest.raises(ValueError, match="the edits of this model are not"), heads.Steering(
+        heads.ablate(llama, [(0, 0)]), torch.zeros(4, 4, 8)
+    ).hooks():
+        pass
+    vectors, gates, ids = np.ones((4, 4, 8), "float32"), np.full((4, 4), 0.5, "float32"), ids_of(llama)
+    found = logits_of(heads.steered(llama, vectors, gates), ids)
+    assert torch.equal(found, logits_of(heads.steered(llama, torch.tensor(vectors), torch.tensor(gates)), ids))
+    with pytest.raises(ValueError, match="they belong to another model"):
+        heads.Steering(llama, 0.5)

@@ -353,3 +353,21 @@ def test_encoders_can_be_tuned_too():
         tuned = heads.head_weights(model, [(1, 2)])
         with tuned:
             fit(tuned, lambda rows: model._module(input_ids=ids).logits.square().mean(), [0], steps=2, lr=1e-2)
+
+
+def test_what_has_no_token_is_refused(llama):
+    with pytest.raises(ValueError, match="an empty prompt before 'abc'"):
+        heads.examples(llama, [("xyz", "abc"), ("", "abc")])
+    with pytest.raises(ValueError, match="first=0"):
+        heads.examples(llama, [("xyz", "abc")], first=0)
+
+
+@pytest.mark.parametrize("arguments, error, words", [
+    (dict(parts="x"), ValueError, "parts='x'"), (dict(parts=""), ValueError, "parts=''"),
+    (dict(layers=[9]), IndexError, "layers 0 to 3"), (dict(layers=[]), ValueError, "no layers"),
+])  # fmt: skip
+def test_bad_adapters_are_refused(llama, arguments, error, words):
+    with pytest.raises(error, match=words), heads.lora(llama, **arguments):
+        pass
+    with pytest.raises(ValueError, match="tokens=0"), heads.prompt_tuning(llama, tokens=0):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from string import Formatter
 
 import torch
@@ -93,7 +94,7 @@ class Task:
 
     def __getitem__(self, chosen) -> Task:
         """Some of the prompts, by slice, list of indices or boolean mask: a Task again."""
-        if isinstance(chosen, int):
+        if isinstance(chosen, Integral):
             chosen = [chosen]
         keep = torch.arange(len(self))[chosen]
         return replace(
@@ -128,7 +129,10 @@ class Task:
         if isinstance(positions, str) and positions == "all":
             return torch.ones_like(self.ids, dtype=torch.bool)
         mask = torch.zeros_like(self.ids, dtype=torch.bool)
-        for role in [positions] if isinstance(positions, str) else positions:
+        roles = [positions] if isinstance(positions, str) else list(positions)
+        if not roles:
+            raise LookupError(f"no positions are chosen: give a role of {self.name} ({', '.join(self.roles)}), or 'all'")
+        for role in roles:
             if role not in self.roles:
                 raise LookupError(f"{self.name} has no role {role!r}: choose from {', '.join(self.roles)}, or 'all'")
             mask[torch.arange(len(self)), self.roles[role]] = True
@@ -237,7 +241,7 @@ def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
 
 def count(name: str, n: int | None, available: int | None = None) -> int | None:
     """`n`, if so many prompts can be had; ValueError otherwise."""
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+    if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
         raise ValueError(f"{name}: n={n!r} prompts asked for: expected a whole number from 1")
     if available is not None and n is not None and n > available:
         raise ValueError(f"{name}: {n} prompts asked for, but there are {available}: ask for at most {available}")
