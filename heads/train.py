@@ -109,6 +109,7 @@ def checkpointing(model) -> Iterator[None]:
     """
     module, blocks = model._module, [layer._module for layer in model.layers]
     module.activation_checkpointing_enable({"use_reentrant": False})
+    module.disable_input_require_grads()  # which it hooks to the embedding, for reentrant checkpoints only
     for block in blocks:
         block.training = True  # of the block alone: its dropouts are modules of their own and stay in eval mode
     try:
@@ -117,6 +118,7 @@ def checkpointing(model) -> Iterator[None]:
         for block in blocks:
             block.training = False
         module.activation_checkpointing_disable()
+        module.disable_input_require_grads()  # of an adapter that was put on meanwhile
 
 
 @dataclass

@@ -309,6 +309,15 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(decoder):
     assert not decoder._module.training and not any(m.training for m in decoder._module.modules())
 
 
+def test_checkpointing_leaves_no_gradient_behind(llama):
+    """transformers hooks the embedding, so that all that follows requires a gradient, and keeps the hook."""
+    with checkpointing(llama), heads.lora(llama):
+        pass
+    with heads.lora(llama), checkpointing(llama):
+        pass
+    assert not llama._module(input_ids=ids_of(llama)).logits.requires_grad
+
+
 # ------------------------------------------------------------------------------------ baselines
 
 
