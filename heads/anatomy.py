@@ -338,9 +338,12 @@ def output_projection(model, layer) -> torch.Tensor:
     """
     layer = model.layers[layer] if isinstance(layer, int) else layer
     module = layer.attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
-    module = getattr(module, "base_layer", module)  # where an adapter of peft sits around it
+    adapter, module = module, getattr(module, "base_layer", module)  # where one of peft sits around it
+    weight = module.weight
+    if adapter is not module and not (adapter.merged or adapter.disable_adapters):
+        weight = weight + sum(adapter.get_delta_weight(name) for name in adapter.active_adapters)
     # GPT-2 keeps [in, out] in a Conv1D, everybody else [out, in] in a Linear; one that is being tuned is a subclass
-    return module.weight if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) else module.weight.T
+    return weight if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) else weight.T
 
 
 def softcapped(model, logits: torch.Tensor) -> torch.Tensor:

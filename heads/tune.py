@@ -232,9 +232,11 @@ def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, la
     )
     wrapped = _wrapped(model, config, seed)
     try:
+        model._update(model._module)  # nnsight reads and edits at the adapters, not at the projections inside them
         yield Adapter(wrapped, f"LoRA of rank {rank} on {parts}")
     finally:
         wrapped.unload()
+        model._update(model._module)
 
 
 @contextmanager

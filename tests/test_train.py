@@ -6,6 +6,7 @@ import nnsight
 import pytest
 import torch
 from conftest import ENCODERS, ids_of, logits_of, near, plain_of, tiny
+from test_sweep import toy
 from torch.nn.functional import cross_entropy
 
 import heads
@@ -380,3 +381,21 @@ def test_bad_adapters_are_refused(llama, arguments, error, words):
         pass
     with pytest.raises(ValueError, match="tokens=0"), heads.prompt_tuning(llama, tokens=0):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # a Linear and a Conv1D
+def test_an_adapter_of_the_output_projection_is_seen_by_what_reads_its_weight(family):
+    model = tiny(family)
+    task = toy(model, prompts=3)
+    with lora(model, rank=2, parts="o") as adapter, torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.2)
+        fast, slow = (heads.path_scores(model, task, engine=engine, progress=False) for engine in ("fast", "literal"))
+        near(torch.tensor(fast.samples), torch.tensor(slow.samples), scale=4)
+        # and an edit of a head goes through the adapter: the sweep, which hooks modules, is the second opinion
+        swept = heads.ablation_scores(model, task, "zero", progress=False).samples[:, 1, 1]
+        cut = heads.evaluate(heads.ablate(model, [(1, 1)]), task) - heads.evaluate(model, task)
+        near(cut, torch.tensor(swept).float(), scale=4)
+        direct = heads.direct_attribution(model, task)
+        whole = direct.samples.sum((1, 2)) + direct.mlp_samples.sum(1) + direct.embedding + direct.biases
+        near(torch.tensor(whole), torch.tensor(direct.base), scale=4)
