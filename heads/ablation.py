@@ -172,8 +172,8 @@ def reference_values(model, texts, kind: str, per_position: bool = True, seed: i
 def _listed(texts):
     if isinstance(texts, (str, Mapping, torch.Tensor)):
         raise TypeError(
-            f"expected a list of texts, or of token ids [1, position], got one {type(texts).__name__}: put a text into a list, "
-            "and cut ids into prompts with ids.split(1)"
+            f"expected a list of texts, or of token ids [1, position], got one {type(texts).__name__}: put a text in a "
+            "list, and cut ids into prompts with ids.split(1)"
         )
     return texts
 

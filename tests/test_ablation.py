@@ -166,7 +166,9 @@ def test_generate_equals_running_the_whole_text_again(decoder, kind, where, at):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("where", [{"phase": "decode"}, {"phase": "prefill"}, {"positions": [-2]}, {"positions": [1, 3]}, {}])
+@pytest.mark.parametrize(
+    "where", [{}, {"phase": "decode"}, {"phase": "prefill"}, {"positions": [-2]}, {"positions": [1, 3]}]
+)
 def test_a_padded_batch_is_ablated_like_each_prompt(decoder, side, where):
     texts = ["rain", "ten geese and a lamp", "two brown owls"]
     values = torch.randn(4, 20, 4, decoder.anatomy.d_head)  # another one at each position
@@ -328,7 +330,8 @@ def test_what_is_no_head_is_named(llama, wrong, words):
 @pytest.mark.parametrize("function", [heads.head_means, heads.head_activations])
 @pytest.mark.parametrize("texts, error, words", [
     ("a text is no list of letters", TypeError, "got one str"), (torch.ones(3, 5).long(), TypeError, r"ids\.split\(1\)"),
-    ([torch.ones(2, 5).long()], ValueError, r"\[2, 5\]: expected \[1, position\]"), (["ab", ""], ValueError, "at least one token"),
+    ([torch.ones(2, 5).long()], ValueError, r"\[2, 5\]: expected \[1, position\]"),
+    (["ab", ""], ValueError, "at least one token"),
 ])  # fmt: skip
 def test_what_is_no_list_of_texts_is_refused(llama, function, texts, error, words):
     with pytest.raises(error, match=words):
