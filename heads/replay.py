@@ -73,7 +73,7 @@ class Replay:
         check: replay once without an edit; a batch that is only read needs none.
 
     Raises:
-        ReplayError: if replaying without an edit does not give the model's own logits.
+        ReplayError: for an edited model; if replaying without an edit does not give the model's own logits.
         ValueError: for an encoder.
     """
 
@@ -84,6 +84,11 @@ class Replay:
             raise ValueError(
                 f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, "
                 "which has none: cut its heads with heads.ablate(...) and read the masked position"
+            )
+        if model._edits:
+            raise ReplayError(
+                "a replay runs the loaded module, without the edits of this model: sweep the unedited model, "
+                "or for paths take engine='literal'"
             )
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
         self.prefix = prefill(model, self.ids[:, :start]) if start else None

@@ -154,3 +154,14 @@ def test_a_model_whose_layers_need_more_is_found_out(monkeypatch):
 
 def test_all_kinds_are_tested():
     assert set(KINDS) == {"zero", "mean", "counterfactual", "resample"} and len(DECODERS) >= 6
+
+
+def test_an_edited_model_is_refused_where_its_edits_would_be_lost(llama):
+    edited, task = heads.ablate(llama, [(1, 1)]), toy(llama)
+    for sweep in (heads.ablation_scores, heads.patching_scores):
+        with pytest.raises(ReplayError, match="edits of this model"):
+            sweep(edited, task, progress=False)
+    with pytest.raises(ReplayError, match="engine='literal'"):
+        heads.path_scores(edited, task, engine="fast", progress=False)
+    found = heads.path_scores(edited, task, progress=False)  # "auto" takes the engine that keeps them
+    np.testing.assert_allclose(found.base, heads.evaluate(edited, task), atol=1e-5)
