@@ -37,18 +37,16 @@ class Plan:
     def where(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """What is ablated of the pass that is called with `inputs`: booleans and `token_numbers`, `[row or 1, position]`."""
         past, number = inputs.get("past_key_values"), token_numbers(inputs)
-        chosen = number >= 0
-        from_end = number - number.amax(1, keepdim=True) - 1  # -1 for a row's last token
+        chosen, positions = number >= 0, self.positions
         if past is None or not past.get_seq_length():
             # The last prompt token decides the first answer token: it belongs to decoding.
-            chosen = chosen & {"both": chosen, "prefill": from_end < -1, "decode": from_end == -1}[self.phase]
+            last = at_positions(number, [-1])
+            chosen = chosen & {"both": chosen, "prefill": ~last, "decode": last}[self.phase]
         else:
+            chosen = chosen & (self.phase != "prefill")
             # Negative positions count from the end of the prompt, so they mean something in its pass only.
-            chosen, from_end = chosen & (self.phase != "prefill"), torch.zeros_like(number)
-        if self.positions is not None:
-            wanted = torch.tensor(self.positions, dtype=torch.long)
-            chosen = chosen & (torch.isin(number, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0]))
-        return chosen, number
+            positions = positions and [p for p in positions if p >= 0]
+        return chosen if positions is None else chosen & at_positions(number, positions), number
 
     def new(self, layer: int, at: torch.Tensor, number: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """What stands in for `old`, `[row, position, head, d_head]`, where `at`."""
@@ -96,6 +94,13 @@ def token_numbers(inputs: dict) -> torch.Tensor:
         mask = torch.ones(1, length + (past.get_seq_length() if past is not None else 0))
     mask = mask.cpu().long()
     return (mask.cumsum(-1) * mask - 1)[:, -length:]
+
+
+def at_positions(number: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
+    """Where `token_numbers` are among `positions`, of which negative ones count from a row's last token: booleans alike."""
+    wanted = torch.tensor(list(positions), dtype=torch.long)
+    from_end = number - number.amax(1, keepdim=True) - 1  # -1 for the last token
+    return (number >= 0) & (torch.isin(number, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0]))
 
 
 def head_mask(model, sets: list[Iterable]) -> torch.Tensor:

@@ -330,15 +330,20 @@ def _windows(config, n_layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def projection(model, layer) -> torch.nn.Module:
+    """The module of a layer's output projection, whose input is the heads. `layer`: an index, or the layer's envoy."""
+    layer = model.layers[layer] if isinstance(layer, int) else layer
+    return layer.attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
+
+
 def output_projection(model, layer) -> torch.Tensor:
     """Weight of a layer's output projection, `[n_heads * d_head, d_model]` (rows are head inputs).
 
     Args:
         layer: an index, or the layer's envoy.
     """
-    layer = model.layers[layer] if isinstance(layer, int) else layer
-    module = layer.attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
-    adapter, module = module, getattr(module, "base_layer", module)  # where one of peft sits around it
+    adapter = projection(model, layer)
+    module = getattr(adapter, "base_layer", adapter)  # where one of peft sits around it
     weight = module.weight
     if adapter is not module and not (adapter.merged or adapter.disable_adapters):
         weight = weight + sum(adapter.get_delta_weight(name) for name in adapter.active_adapters)

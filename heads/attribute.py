@@ -13,7 +13,7 @@ import nnsight
 import numpy as np
 import torch
 
-from heads.anatomy import output_projection, projection_envoy, softcapped
+from heads.anatomy import output_projection, projection, softcapped
 from heads.circuits import decoder_only, norm, post_norms
 from heads.effects import Effects
 from heads.metrics import Metric, logit_difference
@@ -111,7 +111,7 @@ def _frozen(model, layer: int, z: torch.Tensor, u: torch.Tensor) -> tuple[torch.
         what the attention writes, `[prompt, d_model]`.
     """
     weight = output_projection(model, layer).detach().to(u.device).float()
-    bias = projection_envoy(model, layer)._module.bias
+    bias = projection(model, layer).bias
     written = z.flatten(1) @ weight
     written = written if bias is None else written + bias.detach().to(u.device).float()
     post = post_norms(model, layer)[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import nnsight
 import torch
 
-from heads.anatomy import head_outputs, output_projection, projection_envoy
+from heads.anatomy import head_outputs, output_projection, projection, projection_envoy
 
 
 class IdentityError(ValueError):
@@ -73,7 +73,7 @@ def _sum(model, ids, tolerance) -> float:
 
 
 def _bias(model, layer: int):
-    bias = projection_envoy(model, layer)._module.bias
+    bias = projection(model, layer).bias
     return 0 if bias is None else bias
 
 

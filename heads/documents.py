@@ -276,22 +276,21 @@ def _read_lines(path) -> Iterator:
     """Documents of a JSON Lines file; a line that cannot be read is an error object in their place."""
     path, n = Path(path), 0
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        lines = iter(file)
-        while True:
-            try:
-                line = next(lines, None)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise OSError(f"{path} cannot be decompressed after {n} lines ({error}): is it complete? Bring the whole "
-                              "file, delete what was written, and start again") from None  # fmt: skip
-            if line is None:
-                return
-            n += 1
-            try:
-                yield json.loads(line)
-            except UnicodeDecodeError as error:
-                yield error
-            except (ValueError, RecursionError):  # the latter of brackets without end
-                yield ValueError("not JSON")
+        try:
+            for n, line in enumerate(file, 1):
+                yield _parsed(line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise OSError(f"{path} cannot be decompressed after {n} lines ({error}): is it complete? Bring the whole "
+                          "file, delete what was written, and start again") from None  # fmt: skip
+
+
+def _parsed(line: bytes):
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return error
+    except (ValueError, RecursionError):  # the latter of brackets without end
+        return ValueError("not JSON")
 
 
 def _stream(documents: Iterable, name: str) -> Iterator[tuple]:

@@ -15,18 +15,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 from transformers.cache_utils import Cache
 
-from heads.anatomy import names_of, softcapped
+from heads.anatomy import projection, softcapped
 from heads.attention import SharedPrefix
 from heads.decode import prefill
 
 
 class ReplayError(RuntimeError):
     """A model's layers, called one by one, do not give what the model gives."""
-
-
-def projection(model, layer: int) -> torch.nn.Module:
-    """The module of a layer's output projection, whose input is the heads."""
-    return model.layers[layer].attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
 
 
 @contextmanager

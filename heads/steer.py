@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from heads.ablation import named_inputs, token_numbers
+from heads.ablation import at_positions, named_inputs, token_numbers
 from heads.anatomy import names_of
 
 HOW = ("add", "scale", "mix", "replace")
@@ -143,9 +143,7 @@ class Steering:
             if self.positions.shape != (rows, length):
                 raise ValueError(f"positions are {list(self.positions.shape)}, the prompt {[rows, length]} [row, position]")
             return self.positions.bool()
-        number, wanted = token_numbers(inputs), torch.tensor(self.positions, dtype=torch.long)
-        from_end = number - number.amax(1, keepdim=True) - 1
-        return (number >= 0) & (torch.isin(number, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0]))
+        return at_positions(token_numbers(inputs), self.positions)
 
     @property
     def edited(self):

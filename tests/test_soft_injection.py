@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 import heads
-from heads.replay import hooked, projection
+from heads.anatomy import projection
+from heads.replay import hooked
 
 TEXTS = ["Q: up\nA: down\n\nQ: hot\nA:", "Q: up\nA: down\n\nQ: enormous\nA:", "Q: up\nA: down\n\nQ: a\nA:"]
 

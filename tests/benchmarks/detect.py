@@ -10,8 +10,8 @@ them as one batch; `alone` is ours with `batch_tokens=0`, one by one.
 Fair: the same weights, prompts and greedy choice; the paper's 50 new tokens for everybody, with the stop rule and the end
 of text off, so that all decode the same number; all compute the logits of the last position only, which spares the peers
 a matrix of prompt x vocabulary. There are as many samples as `retrieval_scores` takes into one batch by default (8192
-tokens): a study has hundreds, so its batches are full. Times are means over samples and medians over repeats, the ways taken in turn; eager
-runs one sample. Peak memory is that of all samples for ours and of one for the others (who hold one at a time), above
+tokens): a study has hundreds, so its batches are full. Times are means over samples and medians over repeats, the ways
+taken in turn; eager runs one sample. Peak memory is that of all samples for ours and of one for the others (who hold one at a time), above
 the loaded model, each in a fresh process.
 
 What cannot shrink: prefill is the same work for both and bound by arithmetic, so `ratio_limit`, the released way's total
