@@ -15,6 +15,8 @@ import nnsight
 import torch
 from torch.nn.functional import pad
 
+from heads.names import known
+
 KINDS = ("zero", "mean", "resample", "uniform")
 PHASES = ("both", "prefill", "decode")
 
@@ -142,11 +144,11 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
         An edited copy; `model` is unchanged.
 
     Raises:
-        IndexError: a head that does not exist. ValueError: an unknown kind or phase, a missing or needless
-        reference.
+        IndexError: a head that does not exist. LookupError: an unknown kind or phase. ValueError: a missing or
+        needless reference.
     """
-    if kind not in KINDS or phase not in PHASES:
-        raise ValueError(f"kind={kind!r}, phase={phase!r}: expected one of {KINDS} and one of {PHASES}")
+    known("kind of ablation", kind, KINDS)
+    known("phase", phase, PHASES)
     needs = kind in ("mean", "resample")
     if needs != (reference is not None or values is not None) or (reference is not None and values is not None):
         wants = "needs a reference=[texts] or values=, one of the two" if needs else "takes neither a reference nor values"

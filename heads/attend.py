@@ -9,6 +9,7 @@ import nnsight
 import torch
 
 from heads.attention import pattern
+from heads.names import known
 from heads.scores import HeadScores
 from heads.tasks.base import Task
 
@@ -33,8 +34,7 @@ def attention_to(model, task: Task, query: str = "END", roles: Mapping[str, torc
     Raises:
         LookupError: for an unknown query. ValueError: for positions outside the prompts, or a role called "rest".
     """
-    if query not in task.roles:
-        raise LookupError(f"{task.name} has no role {query!r}: choose from {', '.join(task.roles)}")
+    known(f"role of {task.name}", query, task.roles)
     roles = dict(task.roles if roles is None else roles)
     if not roles:
         raise ValueError("no roles: give name -> positions, or None for those of the task")

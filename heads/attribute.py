@@ -16,9 +16,9 @@ import torch
 from heads.anatomy import output_projection, projection, softcapped
 from heads.circuits import decoder_only, norm, post_norms
 from heads.effects import Effects
-from heads.metrics import Metric, logit_difference
-from heads.metrics import metric as metric_of
-from heads.tasks.base import Task
+from heads.metrics import Metric, logit_difference, named
+from heads.names import known
+from heads.tasks.base import DIRECTIONS, Task
 
 
 class Attribution(Effects):
@@ -37,7 +37,7 @@ class Attribution(Effects):
 
 
 def _differentiable(metric: str | Metric) -> Metric:
-    read = metric_of(metric)
+    read = named(metric)
     if not read.gradient:
         raise ValueError(
             f"{read.name!r} has no useful gradient at the base run: use a logit difference or a log-probability, or patch"
@@ -149,8 +149,7 @@ def direct_attribution(
     """
     read = _differentiable(metric)
     decoder_only(model)
-    if reference not in (None, "mean"):
-        raise ValueError(f"reference={reference!r}: expected None or 'mean'")
+    known("reference", reference, (None, "mean"))
     found = [_attribute(model, part, read, keep=reference == "mean") for part in task.batches(batch)]
     samples, mlps, embedding, biases, base = (torch.cat([x[i] for x in found]) for i in range(5))
     if reference == "mean":
@@ -210,8 +209,7 @@ def _marked(value: torch.Tensor, at: torch.Tensor, gradient: bool) -> torch.Tens
 
 
 def _turned(task: Task, direction: str) -> Task:
-    if direction not in ("noising", "denoising"):
-        raise ValueError(f"direction={direction!r}: expected 'noising' (clean base) or 'denoising' (corrupted base)")
+    known("direction", direction, DIRECTIONS)
     return task if direction == "noising" else task.swapped()
 
 
@@ -288,8 +286,9 @@ def integrated_gradients(model, task: Task, metric: str | Metric = logit_differe
     """
     read, task = _differentiable(metric), _turned(task, direction)
     decoder_only(model)
-    if source not in ("corrupted", "zero") or steps < 1:
-        raise ValueError(f"source={source!r}, steps={steps}: expected 'corrupted' or 'zero', and at least one step")
+    known("source", source, ("corrupted", "zero"))
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one")
     task.at(positions)
     parts = [_line(model, part, read, source, positions, steps) for part in task.batches(batch)]
     heads, base, closed = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -340,7 +339,7 @@ def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch
         `[layer + 1, prompt]`: the stream that enters each layer, and last the one that leaves the model, whose metric is
         the model's own. Float32, on the CPU.
     """
-    read = metric_of(metric)
+    read = named(metric)
     decoder_only(model)
     found = []
     for part in task.batches(batch):

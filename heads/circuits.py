@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from heads.anatomy import output_projection
+from heads.names import known
 from heads.scores import HeadScores
 
 KINDS = ("mlp0", "e+mlp0", "block0", "resid")
@@ -230,11 +231,10 @@ def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", layer: int
         are in "block0" and "resid" only.
 
     Raises:
-        ValueError: for an unknown kind, a `layer` that is needless, or a tokenizer without a first token.
+        LookupError: for an unknown kind. ValueError: for a `layer` that is needless, or a tokenizer without a first token.
     """
     decoder_only(model)
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+    known("effective embedding", kind, KINDS)
     if layer is not None and kind != "resid":
         raise ValueError(f"kind={kind!r} is the same for all layers: layer={layer} is for kind='resid'")
     model.anatomy.check([(layer or 0, 0)])
@@ -297,8 +297,7 @@ def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.
         kind: "predecessor": pairs turned round. "copy": every token that has a successor to itself. "permutation": the
             successor map of a randomly shuffled list (one draw of `seed`; draw many for a null distribution).
     """
-    if kind not in ("predecessor", "copy", "permutation"):
-        raise ValueError(f"kind={kind!r}: expected 'predecessor', 'copy' or 'permutation'")
+    known("map of a list", kind, ("predecessor", "copy", "permutation"))
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, (ids, pairs) in _by_name(lists).items():
         pairs = torch.as_tensor(pairs)

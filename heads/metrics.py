@@ -5,11 +5,11 @@ A metric names the columns of the vocabulary that it needs, so that a sweep comp
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 
+from heads.names import known
 from heads.tasks.base import Task
 
 
@@ -131,14 +131,9 @@ def contrast(options, name: str = "answer minus mean of options") -> Contrast:
     return Contrast(name, options=options)
 
 
-def metric(name: str | Metric) -> Metric:
-    """A metric by name. LookupError names the nearest."""
-    if isinstance(name, Metric):
-        return name
-    if name not in KNOWN:
-        near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0)
-        raise LookupError(f"no metric {name!r}; did you mean {near[0]!r}? Known: {', '.join(KNOWN)}")
-    return KNOWN[name]
+def named(metric: str | Metric) -> Metric:
+    """A metric by name; a metric itself passes. LookupError names the nearest."""
+    return metric if isinstance(metric, Metric) else KNOWN[known("metric", metric, KNOWN)]
 
 
 @torch.no_grad()
@@ -148,7 +143,7 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
     Raises:
         ValueError: for KL, which compares with a base run: use a sweep's `metric=`.
     """
-    read = globals()["metric"](metric)
+    read = named(metric)
     if isinstance(read, KL):
         raise ValueError("KL compares two runs: give it as the metric of a sweep, or compare two models' logits")
     values = []

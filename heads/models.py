@@ -5,7 +5,6 @@ Importing this module is light; torch and transformers come in with `load`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from heads.names import known, nearest
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,14 @@ def check_name(name: str) -> str:
     Raises:
         LookupError: naming the nearest known name.
     """
-    known = [*ZOO, *(f"tiny-{family}" for family in TINY)]
-    if name in known or Path(name).expanduser().is_dir():
+    names = [*ZOO, *(f"tiny-{family}" for family in TINY)]
+    if name in names or Path(name).expanduser().is_dir():
         return name
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name  # owner/model on the hub
     if "/" in name or os.sep in name:
         raise LookupError(f"there is no folder {name!r}")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    raise LookupError(
-        f"unknown model {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
-        + f" Known: {', '.join(known)}, or a hub id (owner/name), or a folder"
-    )
+    raise LookupError(f"no model {name!r}{nearest(name, names)} Known: {', '.join(names)}, or a hub id (owner/name), or a folder")
 
 
 def _sha256(path: Path) -> str:
@@ -243,8 +239,7 @@ def load(name: str = DEFAULT, device: str = "auto", dtype: str = "auto", where: 
         RuntimeError: for a GPU that is not there, or a remote model without a key.
     """
     check_name(name)
-    if where not in ("local", "remote"):
-        raise ValueError(f"where={where!r}: expected 'local' or 'remote'")
+    known("place to run", where, ("local", "remote"))
     from heads.loading import load_local, load_remote
 
     if where == "remote":

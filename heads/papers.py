@@ -5,7 +5,6 @@ Light on purpose (no torch, no matplotlib): the command line answers from here.
 """
 
 import ast
-import difflib
 import hashlib
 import io
 import json
@@ -16,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import yaml
+
+from heads.names import known, nearest, root
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times faster
 
@@ -58,26 +59,6 @@ class Parameter:
     comment: str
 
 
-def root():
-    """The folder that holds notebooks/, data/ and figures/; the variable HEADS_ROOT overrides it.
-
-    Raises FileNotFoundError where it holds no data/papers.yaml.
-    """
-    folder = Path(os.environ.get("HEADS_ROOT") or Path(__file__).resolve().parents[1])
-    if not (folder / "data" / "papers.yaml").is_file():
-        raise FileNotFoundError(
-            f"no data/papers.yaml in {folder}: the notebooks are not part of the wheel. "
-            "Run from a clone, installed with `pip install -e .`, or point HEADS_ROOT at one."
-        )
-    return folder
-
-
-def nearest(name, known):
-    """The end of an error's first sentence: '. Did you mean ...?', or '.' where no name is close."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.6)
-    return f". Did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
-
-
 @lru_cache
 def _read(folder):
     return yaml.load((folder / "data" / "papers.yaml").read_text(encoding="utf-8"), _Loader)
@@ -103,10 +84,10 @@ def _papers(folder):
 
 def paper(slug):
     """The paper with this slug. Raises LookupError with the nearest slugs."""
-    known = {p.slug: p for p in papers()}
-    if slug not in known:
-        raise LookupError(f"unknown paper {slug!r}{nearest(slug, known)} `heads list` shows all {len(known)}.")
-    return known[slug]
+    found = {p.slug: p for p in papers()}
+    if slug not in found:  # not all 34 in the message: `heads list` shows them better
+        raise LookupError(f"no paper {slug!r}{nearest(slug, found)} `heads list` shows all {len(found)}.")
+    return found[slug]
 
 
 def notebook(slug):
@@ -234,10 +215,8 @@ def presets(slug):
 
 def preset(slug, name):
     """The parameters of one preset. Raises LookupError with the nearest name."""
-    known = presets(slug)
-    if name not in known:
-        raise LookupError(f"{slug} has no preset {name!r}{nearest(name, known)} It has: {', '.join(known) or 'none'}.")
-    return known[name]
+    found = presets(slug)
+    return found[known(f"preset of {slug}", name, found)]
 
 
 def preset_of(slug, values):

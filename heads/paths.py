@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from heads.anatomy import output_projection
 from heads.effects import Effects
-from heads.metrics import Metric, logit_difference
-from heads.metrics import metric as named
+from heads.metrics import Metric, logit_difference, named
+from heads.names import known
 from heads.replay import Replay, ReplayError, hooked, swapped
 from heads.sweep import chunks, room
 from heads.tasks.base import Task
@@ -59,9 +59,8 @@ class Route:
     mlps: str = "recompute"
 
     def check(self, model, task: Task) -> Route:
-        for what, value, known in (("component", self.component, COMPONENTS), ("mlps", self.mlps, MLPS)):
-            if value not in known:
-                raise ValueError(f"{what}={value!r}: expected one of {', '.join(known)}")
+        known("component", self.component, COMPONENTS)
+        known("way to treat MLPs", self.mlps, MLPS)
         if not isinstance(self.position, str) or self.position not in task.roles:
             task.at(self.position)  # raises, naming the roles
             raise ValueError(f"path patching acts at one position per prompt: a role, not {self.position!r}")
@@ -105,8 +104,8 @@ def path_scores(model, task: Task, receivers=(), component: str = "q", *, positi
     Raises:
         ValueError, LookupError, IndexError: for what cannot be meant, before any forward pass.
     """
-    if scan not in SCANS or engine not in ENGINES:
-        raise ValueError(f"scan={scan!r}, engine={engine!r}: expected one of {SCANS} and one of {ENGINES}")
+    known("scan", scan, SCANS)
+    known("engine", engine, ENGINES)
     route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
     top = model.anatomy.n_layers
     if route.receivers:
@@ -137,8 +136,7 @@ def path_effect(model, task: Task, senders, receivers=(), component: str = "q", 
     Raises:
         ValueError: a head that is sender and receiver, or a sender not below any receiver.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r}: expected one of {ENGINES}")
+    known("engine", engine, ENGINES)
     route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
     senders = [(layer, head) for layer, head in senders]
     whole = model.anatomy.check((layer, 0) for layer, head in senders if head == MLP)

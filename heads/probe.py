@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from heads.names import known
 from heads.scores import HeadScores
 
 DIRECTIONS = ("mean", "probe")
@@ -54,8 +55,7 @@ def fit_probes(z: torch.Tensor, labels, kind: str = "mean", folds: int = 5, seed
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-    if kind not in DIRECTIONS:
-        raise ValueError(f"kind={kind!r}: expected one of {DIRECTIONS}")
+    known("direction", kind, DIRECTIONS)
     labels, z = np.asarray(labels), z.detach().float().cpu()
     if z.dim() != 4 or not z.isfinite().all():
         raise ValueError(f"expected finite activations [example, layer, head, d_head], got {list(z.shape)}")

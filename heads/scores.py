@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from heads.names import known
+
 Head = tuple[int, int]
 
 
@@ -117,8 +119,7 @@ class HeadScores:
         from scipy import stats
 
         self._same_shape(other)
-        if method not in ("pearson", "spearman"):
-            raise ValueError(f"method={method!r}: expected 'pearson' or 'spearman'")
+        known("method", method, ("pearson", "spearman"))
         if np.ptp(self.values) == 0 or np.ptp(other.values) == 0:
             raise ValueError("a table with one value for all heads has no correlation")
         function = stats.pearsonr if method == "pearson" else stats.spearmanr
@@ -174,8 +175,7 @@ def random_heads(like, shape: tuple[int, int], match: str = "layer", n_sets: int
     Raises:
         ValueError: if too few heads are left, in a layer or in all.
     """
-    if match not in ("layer", "near", "none"):
-        raise ValueError(f"match={match!r}: expected 'layer', 'near' or 'none'")
+    known("match", match, ("layer", "near", "none"))
     like, exclude = ([(int(layer), int(head)) for layer, head in some] for some in (like, exclude))
     if outside := [pair for pair in like if not (0 <= pair[0] < shape[0] and 0 <= pair[1] < shape[1])]:
         raise ValueError(f"head {outside[0]} does not exist in {shape[0]} layers of {shape[1]} heads: it has no controls")

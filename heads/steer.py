@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from heads.ablation import at_positions, named_inputs, token_numbers
 from heads.anatomy import names_of
+from heads.names import known
 
 HOW = ("add", "scale", "mix", "replace")
 FORMAT = "heads steering 1"
@@ -56,8 +57,7 @@ class Steering:
 
     def __init__(self, model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None,
                  decode=True):  # fmt: skip
-        if how not in HOW:
-            raise ValueError(f"how={how!r}: expected one of {HOW}")
+        known("way to steer", how, HOW)
         self.model, self.vectors, self.gates, self.how = model, vectors, gates, how
         anatomy = model.anatomy
         self.heads = None if heads is None else [(int(layer), int(head)) for layer, head in heads]

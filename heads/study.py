@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from heads import papers, plot, publish
+from heads.names import known
 
 
 class Shown:
@@ -114,18 +115,16 @@ class Study:
         Raises LookupError for an unknown id, TypeError for a verdict that is not a bool,
         ValueError where why is missing.
         """
-        known = {c.id: c for c in self.paper.claims}
-        if id not in known:
-            raise LookupError(f"{self.paper.slug} has no claim {id!r}. It has: {', '.join(known)}.")
+        claims = {c.id: c for c in self.paper.claims}
+        claim = claims[known(f"claim of {self.paper.slug}", id, claims)]
         verdict = _verdict(id, holds, partly)
         if verdict != "holds" and not why.strip():
             raise ValueError(f"claim {id}: a verdict of {verdict!r} needs why=, the reason in one sentence")
-        text, paper = known[id].text, known[id].paper
-        row = {"id": id, "text": text, "paper": paper, "measured": plain(measured), "verdict": verdict, "why": why}
+        row = {"id": id, "text": claim.text, "paper": claim.paper, "measured": plain(measured), "verdict": verdict, "why": why}
         self._claims[id] = row
         (self._timed.add if timed else self._timed.discard)(id)
         here = _text(row["measured"])
-        return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {paper}. {why}".rstrip())
+        return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {claim.paper}. {why}".rstrip())
 
     def summary(self):
         """Print one line for each claim, `C1 holds`, and nothing that differs between machines.

@@ -11,13 +11,12 @@ import torch
 from tqdm import tqdm
 
 from heads.effects import Effects
-from heads.metrics import Metric, logit_difference
-from heads.metrics import metric as named
+from heads.metrics import Metric, logit_difference, named
+from heads.names import known
 from heads.replay import Replay
-from heads.tasks.base import Task
+from heads.tasks.base import DIRECTIONS, Task
 
 KINDS = ("zero", "mean", "resample", "counterfactual")
-DIRECTIONS = ("noising", "denoising")
 
 
 def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metric: str | Metric = logit_difference, *,
@@ -40,8 +39,7 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metr
     Raises:
         ValueError, LookupError: an unknown kind, role or metric, a reference that does not fit: before any forward pass.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+    known("kind of ablation", kind, KINDS)
     if reference is not None and kind not in ("mean", "resample"):
         raise ValueError(f"kind={kind!r} takes no reference")
     others = task.corrupted if reference is None else reference
@@ -81,8 +79,7 @@ def patching_scores(model, task: Task, direction: str = "noising", positions="al
     corrupted run (does it suffice?). They are not mirror images. `Effects.normalised()` gives the share of the gap between
     the two runs. Other keywords as in `ablation_scores`.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
+    known("direction", direction, DIRECTIONS)
     base = task if direction == "noising" else task.swapped()
     return ablation_scores(model, base, "counterfactual", positions, metric, **options)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from heads.names import known
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 _VOCAB = 256 + len(SPECIAL)
@@ -53,10 +54,7 @@ def build(family: str, seed: int = 0):
     Raises:
         LookupError: for an unknown family, naming the nearest.
     """
-    if family not in _CONFIGS:
-        near = difflib.get_close_matches(family, _CONFIGS, n=1, cutoff=0)
-        raise LookupError(f"no tiny model of family {family!r}; did you mean {near[0]!r}? Known: {', '.join(_CONFIGS)}")
-    architecture, config, settings = _CONFIGS[family]
+    architecture, config, settings = _CONFIGS[known("tiny model of family", family, _CONFIGS)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture)(getattr(transformers, config)(**settings)).eval()

@@ -19,6 +19,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from heads.names import known
+
 SCHEDULES = ("constant", "linear")
 
 
@@ -232,8 +234,7 @@ def _total(steps, epochs, n, batch, accumulate, schedule, patience, validate) ->
         raise ValueError("there is nothing to train on: data is empty")
     if (steps is None) == (epochs is None):
         raise ValueError("say how long to train: steps= or epochs=, one of the two")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r}: expected one of {SCHEDULES}")
+    known("schedule", schedule, SCHEDULES)
     if min(steps or epochs or 0, batch, accumulate) < 1:
         raise ValueError(f"steps or epochs, batch={batch} and accumulate={accumulate} must be at least 1")
     if patience and not validate:

@@ -6,7 +6,8 @@ import operator
 
 import numpy as np
 
-from heads.tasks.base import Item, Task, build, count, fill, known, single
+from heads.names import count, known
+from heads.tasks.base import Item, Task, build, fill, single
 
 # What computes the result, and the sign, verb and noun that ask for it.
 OPERATIONS = {

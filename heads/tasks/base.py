@@ -10,7 +10,10 @@ from string import Formatter
 
 import torch
 
-from heads.papers import nearest
+from heads.names import count, known
+
+
+DIRECTIONS = ("noising", "denoising")  # what patching writes: corrupted into clean, or clean into corrupted
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,8 @@ class Task:
         if not roles:
             raise LookupError(f"no positions are chosen: give a role of {self.name} ({', '.join(self.roles)}), or 'all'")
         for role in roles:
-            if role not in self.roles:
-                raise LookupError(f"{self.name} has no role {role!r}: choose from {', '.join(self.roles)}, or 'all'")
-            mask[torch.arange(len(self)), self.roles[role]] = True
+            at = self.roles[known(f"role of {self.name}", role, [*self.roles, "all"])]
+            mask[torch.arange(len(self)), at] = True
         return mask
 
 
@@ -237,23 +239,6 @@ def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
         if len(found) == n:
             return list(found.values())
     raise ValueError(f"{name}: {n} different prompts asked for, but only {len(found)} were found: ask for fewer")
-
-
-def count(name: str, n: int | None, available: int | None = None) -> int | None:
-    """`n`, if so many prompts can be had; ValueError otherwise."""
-    if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
-        raise ValueError(f"{name}: n={n!r} prompts asked for: expected a whole number from 1")
-    if available is not None and n is not None and n > available:
-        raise ValueError(f"{name}: {n} prompts asked for, but there are {available}: ask for at most {available}")
-    return n
-
-
-def known(what: str, name, names: Iterable):
-    """`name`, if it is among `names`; LookupError names the nearest otherwise."""
-    names = list(names)
-    if name not in names:
-        raise LookupError(f"no {what} {name!r}{nearest(name, names)} Known: {', '.join(map(str, names))}")
-    return name
 
 
 def fill(template: str, **parts: str) -> tuple[str, dict[str, tuple[int, int]]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from heads.tasks.base import Item, Task, build, count, distinct, known, single
+from heads.names import count, known
+from heads.tasks.base import Item, Task, build, distinct, single
 
 OBJECTS = (
     "ball bottle bowl bracelet cup envelope jug leash lighter mug necklace notebook pen pencil plate puzzle textbook"

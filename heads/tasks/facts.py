@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from heads.papers import root
+from heads.names import root
 from heads.tasks.needle import Sample, continuation, find_span
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from heads.tasks.base import Item, Task, build, count, distinct, fill, known, single
+from heads.names import count, known
+from heads.tasks.base import Item, Task, build, distinct, fill, single
 
 NAMES = (
     "Adam Alice Andrew Anna Anthony Ben Benjamin Brian Charles Chris Christopher Daniel David Edward Elizabeth Emily Emma "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from heads.papers import root
+from heads.names import known, root
 
 FORMATS = ("stem", "chat")
 
@@ -48,9 +48,8 @@ def needles(which: str | None = None) -> tuple[dict, ...]:
     """The needles written for this project (data/needles.md): "detect", "evaluate", or all."""
     lines = (root() / "data" / "needles.jsonl").read_text().splitlines()
     rows = tuple(json.loads(line) for line in lines if line)
-    known = {row["set"] for row in rows}
-    if which is not None and which not in known:
-        raise LookupError(f"no set of needles {which!r}: choose from {', '.join(sorted(known))}")
+    if which is not None:
+        known("set of needles", which, sorted({row["set"] for row in rows}))
     return tuple(row for row in rows if which in (None, row["set"]))
 
 
@@ -93,10 +92,9 @@ def needle(model, lengths=(500,), depths=(0.1, 0.5, 0.9), which: str = "detect",
         seed: where in the haystack each sample starts.
 
     Raises:
-        ValueError: a form, depth or length that cannot be met; the message says which and why.
+        LookupError: an unknown form or set. ValueError: a depth or length that cannot be met.
     """
-    if form not in FORMATS:
-        raise ValueError(f"form={form!r}: expected one of {FORMATS}")
+    known("form of a needle prompt", form, FORMATS)
     tokenizer = model.tokenizer
     if form == "chat" and not tokenizer.chat_template:
         raise ValueError(f"{model.record['name']} has no chat template: use form='stem'")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from heads.tasks.base import Item, Task, build, count, known, one_token, single
+from heads.names import count, known
+from heads.tasks.base import Item, Task, build, one_token, single
 
 LISTS = {
     "numbers": tuple(str(i) for i in range(201)),

@@ -13,8 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from heads.papers import root
-from heads.tasks.base import Item, Task, build, count, known, pieces
+from heads.names import count, known, root
+from heads.tasks.base import Item, Task, build, pieces
 
 LABELS = ("right", "shuffled")
 SPLITS = ("train", "test")
