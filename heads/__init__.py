@@ -3,8 +3,11 @@
 Names are imported when they are first used, so that `import heads` and the command line stay quick.
 """
 
-import importlib
+import sys
 import warnings
+from typing import TYPE_CHECKING
+
+from heads.names import lazily
 
 # tqdm remarks, when it is first imported, that a notebook without ipywidgets gets plain bars: that is what we want,
 # and the remark shows a path of the machine.
@@ -12,69 +15,33 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "load": "models",
-    "Study": "study",
-    "HeadScores": "scores",
-    "random_heads": "scores",
-    "ablate": "ablation",
-    "head_means": "ablation",
-    "ablation_scores": "sweep",
-    "patching_scores": "sweep",
-    "path_scores": "paths",
-    "path_effect": "paths",
-    "Effects": "effects",
-    "evaluate": "metrics",
-    "Conditions": "decode",
-    "decode_batch": "decode",
-    "decode_rows": "decode",
-    "prefill": "decode",
-    "head_outputs": "anatomy",
-    "output_projection": "anatomy",
-    "head_activations": "ablation",
-    "Steering": "steer",
-    "steered": "steer",
-    "score_documents": "documents",
-    "losses_under": "documents",
-    "token_losses": "documents",
-    "fit_probes": "probe",
-    "fit": "train",
-    "examples": "train",
-    "answer_loss": "train",
-    "head_weights": "tune",
-    "lora": "tune",
-    "prompt_tuning": "tune",
-    "direct_attribution": "attribute",
-    "attribution_patching": "attribute",
-    "integrated_gradients": "attribute",
-    "logit_lens": "attribute",
-    "attention_to": "attend",
-    "force_attention": "attend",
-    "ov": "circuits",
-    "qk": "circuits",
-    "ov_logits": "circuits",
-    "effective_embedding": "circuits",
-    "successor_score": "circuits",
-    "copying_score": "circuits",
-    "relabelled": "circuits",
-    "retrieval_scores": "retrieval",
-    "rouge1_recall": "retrieval",
-    "token_f1": "tasks.facts",
-}
-_MODULES = ("anatomy", "checks", "metrics", "models", "papers", "plot", "tasks", "train")
+if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and by editors
+    from heads import metrics, plot, tasks
+    from heads.course import papers
+    from heads.course.study import Study
+    from heads.lab import circuits
+    from heads.lab import training as train
+    from heads.lab.ablation import ablate, force_attention
+    from heads.lab.answers import answer_loss, examples, losses_under, token_losses
+    from heads.lab.attribution import attribution_patching, direct_attribution, integrated_gradients, logit_lens
+    from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, relabelled, successor_score
+    from heads.lab.decoding import Conditions, decode_batch, decode_rows
+    from heads.lab.documents import score_documents
+    from heads.lab.paths import path_effect, path_scores
+    from heads.lab.readings import attention_to, fit_probes, head_activations, head_means
+    from heads.lab.retrieval import retrieval_scores, rouge1_recall
+    from heads.lab.steering import Steering, steered
+    from heads.lab.sweeps import ablation_scores, patching_scores
+    from heads.lab.training import fit
+    from heads.lab.tuning import head_weights, lora, prompt_tuning
+    from heads.metrics import evaluate
+    from heads.model import anatomy, checks
+    from heads.model import zoo as models
+    from heads.model.load import load
+    from heads.model.prefix import prefill
+    from heads.model.weights import head_outputs, output_projection
+    from heads.scores import Effects, HeadScores, random_heads
+    from heads.tasks.facts import token_f1
 
-__all__ = [*sorted(_HOME), *_MODULES]
-
-
-def __getattr__(name: str):
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"heads.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f"heads.{name}")
-    raise AttributeError(f"module 'heads' has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+sys.modules[__name__].__class__ = lazily(__name__, __file__)
+__all__ = sorted(sys.modules[__name__].HOMES)

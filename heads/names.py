@@ -5,11 +5,14 @@ Light: everything may use it, and the command line answers from here.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import importlib
 import os
 from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
+from types import ModuleType
 
 
 def root() -> Path:
@@ -25,6 +28,15 @@ def root() -> Path:
             "Run from a clone, installed with `pip install -e .`, or point HEADS_ROOT at one."
         )
     return folder
+
+
+READ: set[str] = set()  # files of data/ that this process has read: a study's digest covers them
+
+
+def data(name: str) -> str:
+    """The text of a file in data/."""
+    READ.add(name)
+    return (root() / "data" / name).read_text(encoding="utf-8")
 
 
 def nearest(name, known: Iterable) -> str:
@@ -59,3 +71,36 @@ def count(name: str, n: int | None, available: int | None = None) -> int | None:
     if available is not None and n is not None and n > available:
         raise ValueError(f"{name}: {n} prompts asked for, but there are {available}: ask for at most {available}")
     return n
+
+
+def lazily(package: str, file: str) -> type[ModuleType]:
+    """What makes a package hand out names that are imported when they are first used.
+
+    The names are those that the package's own file imports under `if TYPE_CHECKING:`, where an editor sees them too, so
+    that each stands once. `sys.modules[__name__].__class__ = lazily(__name__, __file__)`.
+    """
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    block = next(node.body for node in tree.body if isinstance(node, ast.If))
+    homes = {alias.asname or alias.name: (node.module, alias.name) for node in block for alias in node.names}
+
+    class Lazy(ModuleType):
+        HOMES = homes
+
+        def __getattr__(self, name):
+            if name not in homes:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}{nearest(name, homes)}")
+            module, what = homes[name]
+            found = vars(importlib.import_module(module)).get(what)
+            found = importlib.import_module(f"{module}.{what}") if found is None else found
+            super().__setattr__(name, found)
+            return found
+
+        def __setattr__(self, name, value):
+            # importing heads.tasks.ioi would otherwise hide the function of that name behind its file
+            if not (isinstance(value, ModuleType) and name in homes and homes[name][0] == f"{package}.{name}"):
+                super().__setattr__(name, value)
+
+        def __dir__(self):
+            return sorted({*vars(self), *homes})
+
+    return Lazy

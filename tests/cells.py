@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from heads import papers
+from heads.course import papers
 
 IMPORTS = {"math": math, "dataclass": dataclass, "np": np, "torch": torch, "tqdm": tqdm}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import heads
-import heads.tiny
-from heads.models import TINY
+import heads.model.tiny
+from heads.model.zoo import TINY
 
 # Matrices this small gain nothing from threads, and wait long for each other on a busy machine.
 torch.set_num_threads(1)
@@ -67,7 +67,7 @@ class Plain:
     """The weights of a tiny model in a transformers module that knows nothing of heads."""
 
     def __init__(self, family: str):
-        self.module = heads.tiny.build(family)[0].requires_grad_(False)
+        self.module = heads.model.tiny.build(family)[0].requires_grad_(False)
         self.module.set_attn_implementation("eager")
         self.n_layers, self.n_heads = self.module.config.num_hidden_layers, self.module.config.num_attention_heads
         place = PROJECTIONS.get(family, "model.layers.{}.self_attn.o_proj")

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import heads
-from heads.ablation import KINDS
+from heads.lab.ablation import KINDS
 
 CHOSEN = [(0, 1), (2, 3), (2, 0)]
 TEXTS = ["ten brown owls", "a grey teapot", "the old lamps"]  # 14, 13 and 13 tokens

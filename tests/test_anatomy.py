@@ -11,11 +11,11 @@ from conftest import DECODERS, ENCODERS, ids_of, logits_of, near, padded, plain_
 from transformers.cache_utils import DynamicCache
 
 import heads
-import heads.tiny
-from heads import checks
-from heads.anatomy import Attention, Located
-from heads.loading import Model
-from heads.models import TINY
+import heads.model.tiny
+from heads.model import checks
+from heads.model.anatomy import Attention, Located
+from heads.model.load import Model
+from heads.model.zoo import TINY
 
 TEXTS = ["a short one", "and a longer one, so that the first is padded", "rain"]
 TABLE = Path(__file__).resolve().parents[1] / "figures" / "families.md"
@@ -389,7 +389,7 @@ def test_heads_are_sorted_and_checked(llama):
 
 
 def test_an_unsupported_part_is_named():
-    module, tokenizer = heads.tiny.build("gpt2")
+    module, tokenizer = heads.model.tiny.build("gpt2")
     with pytest.raises(ValueError, match="no layers in a gpt2 model"):
         heads.anatomy.bind(Model(module, tokenizer=tokenizer))
 

@@ -7,7 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import heads
-from heads.attend import attention_to, force_attention
+from heads.lab.ablation import force_attention
+from heads.lab.readings import attention_to
 from heads.tasks.base import Task
 
 CHOSEN = [(0, 1), (2, 3), (2, 0)]

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import nnsight
 import pytest
 import torch
-from conftest import ids_of, logits_of, near, plain_of, tiny
+from conftest import ids_of, logits_of, near, plain_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import heads
-from heads.attention import SharedPrefix, attention, mix, pattern
+from heads.model.attention import attention, mix, pattern
+from heads.model.prefix import SharedPrefix
 
 MODULE = SimpleNamespace(layer_idx=0, is_causal=True, num_key_value_groups=2, training=False)
 

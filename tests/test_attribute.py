@@ -7,7 +7,7 @@ from conftest import DECODERS, ids_of, near, plain_of, tiny
 from test_circuits import BLOCKS, NORMS, layers_of
 
 import heads
-from heads.attribute import attribution_patching, direct_attribution, integrated_gradients, logit_lens
+from heads.lab.attribution import attribution_patching, direct_attribution, integrated_gradients, logit_lens
 from heads.metrics import KNOWN, contrast, evaluate
 from heads.tasks.base import Task
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import heads.models
-import heads.tiny
+import heads.model.tiny
+import heads.model.zoo
 from heads.tasks import arithmetic, base, colored_objects, ioi, succession, succession_lists, word_pairs, word_tasks, words
 from heads.tasks.arithmetic import OPERATIONS, TEMPLATES
 from heads.tasks.ioi import NAMES
 from heads.tasks.ioi import TEMPLATES as SENTENCES
 from heads.tasks.succession import LISTS
 
-BYTES = SimpleNamespace(tokenizer=heads.tiny.tokenizer(), record={"name": "bytes"})
+BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(), record={"name": "bytes"})
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,17 @@ import pytest
 import torch
 from conftest import DECODERS, ids_of, near, plain_of, tiny
 
-from heads.circuits import (
-    KINDS, copying_score, effective_embedding, input_norm, norm, ov, ov_logits, qk, relabelled, successor_score,
+from heads.lab.circuits import (
+    KINDS,
+    copying_score,
+    effective_embedding,
+    input_norm,
+    norm,
+    ov,
+    ov_logits,
+    qk,
+    relabelled,
+    successor_score,
 )  # fmt: skip
 
 BLOCKS = {family: "model.layers" for family in DECODERS} | {"gpt2": "transformer.h", "gpt-neox": "gpt_neox.layers"}

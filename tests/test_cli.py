@@ -8,7 +8,8 @@ import nbformat
 import pytest
 from test_papers import CLAIMS, STUDY, toy_notebook, tree  # noqa: F401 (a fixture)
 
-from heads import cli, papers
+from heads import cli
+from heads.course import papers
 
 
 def heads(*arguments):

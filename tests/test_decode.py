@@ -6,7 +6,7 @@ from conftest import ids_of, logits_of, near, plain_of
 from test_ablation import by_hand
 
 import heads
-from heads.decode import Conditions, decode_batch, decode_rows, join, prefill
+from heads.lab.decoding import Conditions, decode_batch, decode_rows, join, prefill
 
 SETS = {"none": [], "one": [(0, 1)], "three": [(0, 1), (2, 3), (2, 0)], "layer": [(1, h) for h in range(4)]}
 
@@ -53,14 +53,14 @@ def test_decoding_stops_before_the_stop_text_and_at_the_end_of_text(llama, monke
 
 
 def test_decoding_never_makes_a_square_of_positions(llama, monkeypatch):
-    lengths, made = [], heads.attention.pattern
+    lengths, made = [], heads.model.attention.pattern
 
     def recorded(module, query, *args, **kwargs):
         lengths.append(query.shape[2])
         return made(module, query, *args, **kwargs)
 
-    monkeypatch.setattr("heads.attention.pattern", recorded)
-    monkeypatch.setattr("heads.anatomy.attention_pattern", recorded)
+    monkeypatch.setattr("heads.model.attention.pattern", recorded)
+    monkeypatch.setattr("heads.model.anatomy.attention_pattern", recorded)
     steps = list(decode_rows(llama, ids_of(llama, length=30), 3, stop=None))
     assert lengths == [1] * 4 * len(steps) and steps
 
@@ -108,7 +108,7 @@ def test_prompts_of_the_default_model_decode_together_as_one_by_one(default):
 
 def test_a_prompt_that_stops_leaves_the_batch(llama, monkeypatch):
     """Forwards run for the prompts that still write only, and the others' rows stay theirs."""
-    prompts, sizes, joined = prompts_of(llama), [], heads.decode._step
+    prompts, sizes, joined = prompts_of(llama), [], heads.lab.decoding._step
     first = [[step.token for step in decode_rows(llama, ids, 6, stop=None)] for ids in prompts]
     stop = next(t for token in first[1][2:] if (t := llama.tokenizer.decode([token])).strip())
 
@@ -116,7 +116,7 @@ def test_a_prompt_that_stops_leaves_the_batch(llama, monkeypatch):
         sizes.append(len(ids))
         return joined(model, cache, ids, *args)
 
-    monkeypatch.setattr(heads.decode, "_step", step)
+    monkeypatch.setattr(heads.lab.decoding, "_step", step)
     list(decode_batch(llama, prompts, 6, stop))
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4 > sizes[-1]
     monkeypatch.undo()
@@ -125,7 +125,7 @@ def test_a_prompt_that_stops_leaves_the_batch(llama, monkeypatch):
 
 
 def test_padding_gets_no_attention_at_all(decoder, monkeypatch):
-    made, prompts, seen = heads.attention.pattern, prompts_of(decoder), []
+    made, prompts, seen = heads.model.attention.pattern, prompts_of(decoder), []
 
     def recorded(module, query, *args, **kwargs):
         weights = made(module, query, *args, **kwargs)
@@ -133,7 +133,7 @@ def test_padding_gets_no_attention_at_all(decoder, monkeypatch):
             seen.extend(weights[row, ..., : 20 - ids.shape[1]] for row, ids in enumerate(prompts))
         return weights
 
-    monkeypatch.setattr("heads.anatomy.attention_pattern", recorded)
+    monkeypatch.setattr("heads.model.anatomy.attention_pattern", recorded)
     steps = list(decode_batch(decoder, prompts, 3, stop=None))
     assert seen and all((weights == 0).all() for weights in seen)
     for step in steps[0].values():

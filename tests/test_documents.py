@@ -10,8 +10,10 @@ from conftest import near, plain_of, tiny
 from torch.nn.functional import cross_entropy
 
 import heads
-from heads import cli, documents
-from heads.documents import Summary, score_documents, token_losses
+from heads import cli
+from heads.lab import documents
+from heads.lab.answers import token_losses
+from heads.lab.documents import Summary, score_documents
 
 CHOSEN = [(2, 3), (0, 1), (2, 0)]
 CONDITIONS = {"base": [], "masked": CHOSEN}

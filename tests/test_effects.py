@@ -8,7 +8,7 @@ from test_sweep import toy
 
 import heads
 from heads import metrics
-from heads.effects import Effects
+from heads.scores import Effects
 from heads.tasks import Item, Task, build
 
 
@@ -62,7 +62,7 @@ def test_shapes_must_agree():
 
 @pytest.mark.parametrize("name", ["logit difference", "accuracy", "probability"])
 def test_evaluate_reads_the_models_own_logits(decoder, name):
-    task, metric = toy(decoder), metrics.metric(name)
+    task, metric = toy(decoder), metrics.named(name)
     logits = logits_of(decoder, task.ids)[:, -1]
     logits = logits if metric.whole else logits.gather(-1, metric.columns(task))
     torch.testing.assert_close(metrics.evaluate(decoder, task, name, batch=2), metric(logits, task), atol=1e-4, rtol=1e-4)

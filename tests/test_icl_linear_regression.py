@@ -8,7 +8,7 @@ import pytest
 import torch
 from cells import run_cells
 
-from heads import papers
+from heads.course import papers
 
 SLUG = "icl-linear-regression"
 

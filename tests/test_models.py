@@ -16,10 +16,10 @@ from conftest import ids_of, logits_of, plain_logits, tiny
 from nnsight import CONFIG
 
 import heads
-import heads.loading
-import heads.tiny
-from heads import models
-from heads.models import TINY, FetchError
+import heads.model.load
+import heads.model.tiny
+from heads.model import zoo as models
+from heads.model.zoo import TINY, FetchError
 
 # ---------------------------------------------------------------------------------------------- names
 
@@ -42,7 +42,7 @@ def test_known_names_pass(name):
     ],
 )
 def test_unknown_names_are_refused_before_anything_is_loaded(name, words, monkeypatch):
-    monkeypatch.setattr(heads.loading, "load_local", lambda *args: pytest.fail("loading began"))
+    monkeypatch.setattr(heads.model.load, "load_local", lambda *args: pytest.fail("loading began"))
     with pytest.raises(LookupError, match=words):
         heads.load(name)
 
@@ -66,15 +66,15 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="sees no GPU: use device='auto'"):
         heads.load("tiny-llama", device="cuda:1")
-    assert heads.loading.pick_device("auto") == "cpu"
+    assert heads.model.load.pick_device("auto") == "cpu"
 
 
 def test_auto_takes_a_gpu_in_bfloat16_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert heads.loading.pick_device("auto") == "cuda"
-    assert heads.loading.pick_dtype("auto", "cuda") == torch.bfloat16
-    assert heads.loading.pick_dtype("auto", "cpu") == torch.float32
-    assert heads.loading.pick_dtype("float16", "cuda:1") == torch.float16
+    assert heads.model.load.pick_device("auto") == "cuda"
+    assert heads.model.load.pick_dtype("auto", "cuda") == torch.bfloat16
+    assert heads.model.load.pick_dtype("auto", "cpu") == torch.float32
+    assert heads.model.load.pick_dtype("float16", "cuda:1") == torch.float16
 
 
 # -------------------------------------------------------------------------------------------- fetching
@@ -82,7 +82,7 @@ def test_auto_takes_a_gpu_in_bfloat16_where_there_is_one(monkeypatch):
 FAKE = """
 import hashlib, os, sys, time, zipfile
 from pathlib import Path
-from heads import models
+from heads.model import zoo as models
 
 content = b"weights"
 
@@ -237,7 +237,7 @@ def test_only_the_zoo_is_fetched(cache):
 
 @pytest.fixture
 def folder(tmp_path):
-    module, tokenizer = heads.tiny.build("llama", seed=3)
+    module, tokenizer = heads.model.tiny.build("llama", seed=3)
     module.save_pretrained(tmp_path / "mine")
     tokenizer.save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
@@ -254,7 +254,7 @@ def test_a_folder_is_loaded_with_the_same_logits_and_the_digest_of_its_weights(f
 
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").unlink()
-    torch.save(heads.tiny.build("llama")[0].state_dict(), folder / "pytorch_model.bin")
+    torch.save(heads.model.tiny.build("llama")[0].state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds no weights as safetensors, and pickled ones are not read"):
         heads.load(str(folder), device="cpu")
 
@@ -271,9 +271,9 @@ def test_code_that_comes_with_a_model_is_not_run(folder):
 
 
 def test_a_config_that_disagrees_with_the_weights_is_refused(folder):
-    module = heads.tiny.build("llama")[0]
+    module = heads.model.tiny.build("llama")[0]
     module.config.num_attention_heads = 8
-    model = heads.loading.Model(module, tokenizer=heads.tiny.tokenizer(), **heads.anatomy.vocabulary(module.config))
+    model = heads.model.load.Model(module, tokenizer=heads.model.tiny.tokenizer(), **heads.anatomy.vocabulary(module.config))
     model._module.config.head_dim = 8
     with pytest.raises(ValueError, match="8 heads of 8, which make 64, but the output projection .* takes 32"):
         heads.anatomy.bind(model)
@@ -286,10 +286,10 @@ def test_a_config_that_disagrees_with_the_weights_is_refused(folder):
 def test_a_tiny_model_is_made_by_its_seed_alone(family):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    again = heads.tiny.build(family, seed=0)[0]
+    again = heads.model.tiny.build(family, seed=0)[0]
     assert torch.equal(torch.get_rng_state(), state), "building a model must not touch the global generator"
-    assert heads.tiny.sha256(again) == tiny(family).record["sha256"]
-    assert heads.tiny.sha256(heads.tiny.build(family, seed=1)[0]) != tiny(family).record["sha256"]
+    assert heads.model.tiny.sha256(again) == tiny(family).record["sha256"]
+    assert heads.model.tiny.sha256(heads.model.tiny.build(family, seed=1)[0]) != tiny(family).record["sha256"]
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -299,7 +299,7 @@ def test_every_family_passes_its_checks_in_bfloat16(family):
 
 
 def test_a_byte_is_a_token():
-    tokenizer = heads.tiny.tokenizer()
+    tokenizer = heads.model.tiny.tokenizer()
     for text in ("plain", " two  spaces\n", "ä€"):
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
@@ -355,7 +355,7 @@ def test_a_remote_model_holds_no_weights_and_sends_its_traces(key, folder, monke
     def trace(self, *inputs, **kwargs):
         raise Sent(kwargs["remote"])
 
-    monkeypatch.setattr(heads.loading.Model, "trace", trace)
+    monkeypatch.setattr(heads.model.load.Model, "trace", trace)
     for send, remote in (
         (lambda: model.trace("a text"), True),
         (lambda: model.generate("a text", max_new_tokens=3), True),

@@ -19,7 +19,7 @@ import pytest
 from nbformat import v4
 from test_papers import toy_notebook, tree  # noqa: F401 (a fixture)
 
-from heads import papers
+from heads.course import papers
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 INSTALLS = re.compile(r"^\s*[!%]|pip3? install|conda install|\binput\(|git clone", re.MULTILINE)

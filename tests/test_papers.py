@@ -10,7 +10,7 @@ import pytest
 import yaml
 from nbformat import v4
 
-from heads import papers
+from heads.course import papers
 
 PARAMETERS = """\
 seed = 0  # where it all starts
@@ -73,7 +73,7 @@ DEFAULTS = {"seed": 0, "size": 3, "rate": 0.5, "names": ["a", "b"], "flag": Fals
 
 def test_importing_the_command_line_is_light():
     heavy = "torch transformers nnsight matplotlib pandas papermill".split()
-    code = f"import sys, heads.cli, heads.run, heads.papers; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, heads.cli, heads.course.runs, heads.course.papers; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -8,8 +8,8 @@ from test_sweep import toy
 
 import heads
 from heads import metrics
-from heads.paths import MLP, Replay
-from heads.replay import ReplayError
+from heads.lab.paths import MLP, Replay
+from heads.lab.replay import ReplayError
 from heads.tasks import Task
 
 ROUTES = {

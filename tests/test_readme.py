@@ -3,7 +3,7 @@
 import re
 
 from heads import cli
-from heads.papers import root
+from heads.course.papers import root
 
 README = (root() / "README.md").read_text(encoding="utf-8")
 START, END = "<!-- papers: made by `heads list --markdown`; a test compares -->", "<!-- /papers -->"

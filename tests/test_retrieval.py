@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import heads
-from heads import retrieval
-from heads.decode import Step
-from heads.retrieval import Retrieval, Trial, batches, copying, retrieval_scores, rouge1_recall
+from heads.lab import retrieval
+from heads.lab.decoding import Step
+from heads.lab.retrieval import Retrieval, Trial, batches, copying, retrieval_scores, rouge1_recall
 from heads.tasks import Sample
 
 

@@ -12,7 +12,8 @@ import nbformat
 import pytest
 from test_papers import CLAIMS, DEFAULTS, FIGURE, STUDY, toy_notebook, tree  # noqa: F401 (a fixture)
 
-from heads import papers, run
+from heads.course import papers
+from heads.course import runs as run
 
 
 def snapshot(folder):

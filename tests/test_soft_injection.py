@@ -11,8 +11,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 import heads
-from heads.anatomy import projection
-from heads.replay import hooked
+from heads.model.weights import hooked, projection
 
 TEXTS = ["Q: up\nA: down\n\nQ: hot\nA:", "Q: up\nA: down\n\nQ: enormous\nA:", "Q: up\nA: down\n\nQ: a\nA:"]
 

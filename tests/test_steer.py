@@ -9,8 +9,8 @@ import torch
 from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 
 import heads
-from heads.steer import HOW, Steering
-from heads.train import checkpointing
+from heads.lab.steering import HOW, Steering
+from heads.lab.training import checkpointing
 
 CHOSEN = [(2, 3), (0, 1), (2, 0)]
 TEXTS = ["ten brown owls on a roof", "a grey teapot", "the"]

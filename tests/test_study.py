@@ -14,8 +14,8 @@ import pytest
 import torch
 from test_papers import DEFAULTS, tree  # noqa: F401 (a fixture)
 
-from heads import publish
-from heads.study import Study, plain
+from heads.course import record
+from heads.course.study import Study, plain
 
 
 class Model:
@@ -250,7 +250,7 @@ RUN = """
 import sys, time, matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from heads.study import Study
+from heads.course.study import Study
 study = Study("toy-paper", seed=0, size=3, rate=0.5, names=["a", "b"], flag=False, limit=None)
 fig, ax = plt.subplots()
 study.figure(fig, "9-half")
@@ -322,4 +322,4 @@ def test_two_runs_at_once_keep_out_of_each_others_way(study, tree):  # noqa: F81
 
 def test_peak_memory_is_in_bytes():
     held = np.ones(2**24)  # 128 MiB
-    assert publish.peak_memory_bytes() > held.nbytes
+    assert record.peak_memory_bytes() > held.nbytes

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import heads
 from heads import metrics
-from heads.replay import Replay, ReplayError
-from heads.sweep import KINDS
+from heads.lab.replay import Replay, ReplayError
+from heads.lab.sweeps import KINDS
 from heads.tasks import Task
 
 
@@ -68,7 +68,7 @@ def test_a_sweep_equals_cutting_one_head_after_the_other(decoder, kind, position
     "name", ["accuracy among options", "accuracy", "probability", "log-probability", "KL from the base run", "answer logit"]
 )
 def test_every_metric_reads_the_same_logits(llama, name):
-    task, metric = toy(llama), metrics.metric(name)
+    task, metric = toy(llama), metrics.named(name)
     found = heads.ablation_scores(llama, task, "zero", "END", metric, progress=False)
     np.testing.assert_allclose(found.samples, naive(llama, task, "zero", "END", metric)[0], atol=2e-5)
 

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny
 
 import heads
-import heads.tiny
+import heads.model.tiny
 from heads.tasks import facts, haystack, needle, needles
 from heads.tasks.needle import FORMATS, find_span
 
@@ -87,7 +87,7 @@ def test_prompts_are_made_by_their_seed(default):
 
 def test_the_first_special_token_is_kept_and_a_closing_one_is_not():
     """BERT-like tokenizers close a text; a prompt that is to be continued must stay open."""
-    tokenizer = heads.tiny.tokenizer()
+    tokenizer = heads.model.tiny.tokenizer()
 
     class Closing:
         chat_template, all_special_ids, decode, batch_decode = None, [1, 2], tokenizer.decode, tokenizer.batch_decode
@@ -152,11 +152,11 @@ def test_other_bad_input_is_refused(default, tmp_path):
 
 
 def ids(text: str) -> list[int]:
-    return heads.tiny.tokenizer()(text).input_ids
+    return heads.model.tiny.tokenizer()(text).input_ids
 
 
 def span(prompt: str, answer: str) -> str:
-    start, end = find_span(heads.tiny.tokenizer(), ids(prompt), answer)
+    start, end = find_span(heads.model.tiny.tokenizer(), ids(prompt), answer)
     return prompt[start:end]
 
 

@@ -10,8 +10,8 @@ from test_sweep import toy
 from torch.nn.functional import cross_entropy
 
 import heads
-from heads.train import checkpointing, fit, parameters_of
-from heads.tune import PARTS, lora, prompt_tuning
+from heads.lab.training import checkpointing, fit, parameters_of
+from heads.lab.tuning import PARTS, lora, prompt_tuning
 
 CHOSEN = [(1, 1), (2, 3), (2, 2)]
 PAIRS = [("Q: big\nA:", " small"), ("Q: hot\nA:", " cold"), ("Q: light red\nA:", " dark"), ("Q: up\nA:", " down")]

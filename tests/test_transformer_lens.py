@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import heads
-from heads import metrics, papers
+from heads import metrics
+from heads.course import papers
 
 CHOSEN = [(0, 0), (7, 5), (18, 6), (23, 3), (29, 1)]
 

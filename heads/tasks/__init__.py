@@ -1,14 +1,19 @@
-"""Prompts with answers. One file per task family."""
+"""Prompts with answers. One file per task family, loaded when it is first used."""
 
-from heads.tasks.arithmetic import arithmetic
-from heads.tasks.base import Item, Task, build
-from heads.tasks.colored_objects import colored_objects
-from heads.tasks.facts import facts
-from heads.tasks.ioi import ioi
-from heads.tasks.needle import Sample, haystack, needle, needles
-from heads.tasks.succession import TokenList, succession, succession_lists
-from heads.tasks.words import word_pairs, word_tasks, words
+import sys
+from typing import TYPE_CHECKING
 
-__all__ = ["Item", "Sample", "Task", "TokenList", "arithmetic", "build", "colored_objects", "facts", "haystack", "ioi",
-           "needle", "needles", "succession", "succession_lists", "word_pairs", "word_tasks",
-           "words"]  # fmt: skip
+from heads.names import lazily
+
+if TYPE_CHECKING:
+    from heads.tasks.arithmetic import arithmetic
+    from heads.tasks.base import Item, Task, build
+    from heads.tasks.colored_objects import colored_objects
+    from heads.tasks.facts import facts
+    from heads.tasks.ioi import ioi
+    from heads.tasks.needle import Sample, haystack, needle, needles
+    from heads.tasks.succession import TokenList, succession, succession_lists
+    from heads.tasks.words import word_pairs, word_tasks, words
+
+sys.modules[__name__].__class__ = lazily(__name__, __file__)
+__all__ = sorted(sys.modules[__name__].HOMES)

@@ -12,7 +12,6 @@ import torch
 
 from heads.names import count, known
 
-
 DIRECTIONS = ("noising", "denoising")  # what patching writes: corrupted into clean, or clean into corrupted
 
 

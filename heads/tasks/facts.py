@@ -10,13 +10,13 @@ from functools import cache
 
 import numpy as np
 
-from heads.names import root
+from heads.names import data
 from heads.tasks.needle import Sample, continuation, find_span
 
 
 @cache
 def _lists() -> dict:
-    return json.loads((root() / "data" / "facts.json").read_text())
+    return json.loads(data("facts.json"))
 
 
 def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from heads.names import known, root
+from heads.names import data, known
 
 FORMATS = ("stem", "chat")
 
@@ -46,8 +46,7 @@ class Sample:
 @cache
 def needles(which: str | None = None) -> tuple[dict, ...]:
     """The needles written for this project (data/needles.md): "detect", "evaluate", or all."""
-    lines = (root() / "data" / "needles.jsonl").read_text().splitlines()
-    rows = tuple(json.loads(line) for line in lines if line)
+    rows = tuple(json.loads(line) for line in data("needles.jsonl").splitlines() if line)
     if which is not None:
         known("set of needles", which, sorted({row["set"] for row in rows}))
     return tuple(row for row in rows if which in (None, row["set"]))

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from heads.names import count, known, root
+from heads.names import count, data, known
 from heads.tasks.base import Item, Task, build, pieces
 
 LABELS = ("right", "shuffled")
@@ -22,8 +22,7 @@ SPLITS = ("train", "test")
 
 @cache
 def _data() -> dict[str, dict]:
-    lines = (root() / "data" / "words.jsonl").read_text().splitlines()
-    return {row["task"]: row for row in map(json.loads, lines)}
+    return {row["task"]: row for row in map(json.loads, data("words.jsonl").splitlines())}
 
 
 def word_tasks(family: str | None = None) -> list[str]:

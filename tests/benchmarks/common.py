@@ -20,7 +20,10 @@ import psutil
 import torch
 
 import heads
-from heads import models, papers, plot, publish
+from heads import plot
+from heads.course import papers
+from heads.course import record
+from heads.model import zoo as models
 
 MODEL = models.DEFAULT
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
@@ -89,7 +92,7 @@ def peak_above(function, *args):
     if status.is_file():
         peak = next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     else:
-        peak = publish.peak_memory_bytes()
+        peak = record.peak_memory_bytes()
     return max(peak - before, 0), result
 
 
@@ -112,7 +115,7 @@ def write(name: str, fig, data, quick: bool, *, unit: str, peer_is: str, equal_t
     `ours`, `peer` and `ratio` at the top are those of the largest size at which both ran.
     """
     head = max((row for row in sizes if row["peer"]), key=lambda row: row["size"], default=sizes[-1])
-    record = {
+    found = {
         "name": name,
         "ours": head["ours"],
         "peer": head["peer"],
@@ -126,19 +129,19 @@ def write(name: str, fig, data, quick: bool, *, unit: str, peer_is: str, equal_t
         "model": more.get("model", MODEL),
         "dtype": "float32",
         "load_average": psutil.getloadavg()[0],
-        "hardware": publish.hardware(),
-        "versions": publish.versions(),
+        "hardware": record.hardware(),
+        "versions": record.versions(),
     }
     folder = (papers.root() / "runs" if quick else papers.figures_root()) / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
         files = plot.save(fig, Path(aside) / name, data)
-        text = json.dumps(record, indent=1, allow_nan=False, default=float)
+        text = json.dumps(found, indent=1, allow_nan=False, default=float)
         (Path(aside) / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         for file in [*files, Path(aside) / f"{name}.json"]:
             os.replace(file, folder / file.name)
     plot.plt.close(fig)
-    return record
+    return found
 
 
 __all__ = ["GB", "MODEL", "THREADS", "eager_weights_bytes", "exponent", "fresh", "median", "ours", "peak_above", "plain", "row",

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 import heads
-from heads import decode, plot
+from heads import plot
+from heads.lab import decoding as decode
 from tests.benchmarks.common import GB, fresh, median, ours, peak_above, plain, row, samples, timed, write
 
 TOKENS = 50
@@ -148,7 +149,7 @@ def peak(length: int, n: int, way: str) -> int:
     else:
         from transformers import AutoTokenizer
 
-        from heads import models
+        from heads.model import zoo as models
 
         module, tokenizer = plain(), AutoTokenizer.from_pretrained(models.fetch())
         work = lambda prompts: run_peer(module, tokenizer, prompts, way)

@@ -14,7 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import heads
-from heads import loading, plot, tiny
+from heads import plot
+from heads.model import load
+from heads.model import tiny
 from heads.tasks import Task
 from tests.benchmarks.common import GB, row, timed, write
 from tests.benchmarks.sweeps import unavoidable
@@ -34,7 +36,7 @@ def build(shape: dict, device: str):
             module = LlamaForCausalLM(LlamaConfig(**shape))
     finally:
         torch.set_default_dtype(torch.float32)
-    return loading.wrap(module, tiny.tokenizer())
+    return load.wrap(module, tiny.tokenizer())
 
 
 def prompts(n: int, length: int, vocabulary: int) -> Task:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import heads
-from heads import metrics, models, plot
+from heads import metrics, plot
+from heads.model import zoo as models
 from tests.benchmarks.common import GB, fresh, median, ours, peak_above, row, timed, write
 
 STRIDE = 5
@@ -173,7 +174,7 @@ def everywhere(quick: bool = False) -> dict:
 
 
 def _path_run(n: int, engine: str, stride: int):
-    from heads import paths
+    from heads.lab import paths
 
     model = ours()
     prompts, chosen = task(model, n), some(model, stride if engine == "literal" else 1)

@@ -22,10 +22,15 @@ _CONFIGS = {
         vocab_size=_VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
     "mistral": ("MistralForCausalLM", "MistralConfig", {**_LLAMA, "sliding_window": 8, "head_dim": 8}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**_LLAMA, "head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {
+        **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {
         **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", _LLAMA),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {
         **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, "rotary_pct": 0.5, "use_parallel_residual": True}),
     "bert": ("BertForMaskedLM", "BertConfig", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}),

@@ -15,84 +15,28 @@ import nnsight
 import numpy as np
 import torch
 
-from heads.anatomy import output_projection
+from heads.model.weights import (
+    decoder_only,
+    input_norm,
+    kv_head,
+    mlp_norm,
+    norm,
+    output_projection,
+    post_norms,
+    project,
+    unembedding,
+)
 from heads.names import known
 from heads.scores import HeadScores
 
 KINDS = ("mlp0", "e+mlp0", "block0", "resid")
-_INPUT_NORMS, _MLP_NORMS = ("input_layernorm", "ln_1"), ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
+
+
 # name -> (ids [item], pairs [pair, 2]), or what `heads.tasks.succession_lists` returns
 Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]] | Sequence
 
 
 # ----------------------------------------------------------------------------------------- norms
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A layer or RMS norm with its parts told apart, in float32: N(x) = weight * centre(x) / scale(x) + bias."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    centred: bool
-    eps: float
-
-    def centre(self, x: torch.Tensor) -> torch.Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
-
-    def scale(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., d_model]` -> `[..., 1]`, what the norm divides by."""
-        return (self.centre(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.weight * self.centre(x.float()) / self.scale(x)
-        return y if self.bias is None else y + self.bias
-
-    def back(self, u: torch.Tensor) -> torch.Tensor:
-        """The direction before the norm that reads u after it: <N(x), u> = <x, back(u)> / scale(x) + <bias, u>."""
-        return self.centre(self.weight * u.to(self.weight.device))
-
-
-def norm(module: torch.nn.Module) -> Norm:
-    """The parts of a norm. ValueError if the module does something else than they say."""
-    weight = module.weight.detach().float()
-    if type(module).__name__.startswith("Gemma"):
-        weight = 1 + weight
-    bias = getattr(module, "bias", None)
-    eps = next(getattr(module, key) for key in ("eps", "variance_epsilon") if hasattr(module, key))
-    found = Norm(weight, None if bias is None else bias.detach().float(), isinstance(module, torch.nn.LayerNorm), eps)
-    x = torch.linspace(-1, 2, len(weight), device=weight.device).to(module.weight.dtype)[None]
-    with torch.no_grad():
-        theirs, ours = module(x).float(), found(x)
-    if (theirs - ours).abs().max() > 0.02 * theirs.abs().max():
-        raise ValueError(f"{type(module).__name__} is no layer or RMS norm as heads knows them")
-    return found
-
-
-def _first(layer: torch.nn.Module, names: tuple[str, ...], what: str) -> torch.nn.Module:
-    for name in names:
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    looked = ", ".join(names)
-    raise ValueError(f"no {what} in {type(layer).__name__} (looked for {looked}): this architecture is not supported yet")
-
-
-def post_norms(model, layer: int) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
-    """The norms that Gemma 2 and 3 put on what attention and MLP write; (None, None) elsewhere."""
-    module = model.layers[layer]._module
-    if not hasattr(module, "post_feedforward_layernorm"):
-        return None, None
-    return module.post_attention_layernorm, module.post_feedforward_layernorm
-
-
-def input_norm(model, layer: int) -> Norm:
-    """The norm before a layer's attention."""
-    return norm(_first(model.layers[layer]._module, _INPUT_NORMS, "norm before the attention"))
-
-
-def decoder_only(model) -> None:
-    if model.anatomy.encoder:
-        raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
 
 
 # ------------------------------------------------------------------------------------ OV and QK
@@ -125,31 +69,6 @@ class Factored:
         return torch.linalg.eigvals(self.right @ self.left)
 
 
-def _project(model, layer: int, which: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight `[head, d_model, d_head]` and bias `[head, d_head]` of queries, keys or values ("q", "k", "v") in float32;
-    `head` counts key-value heads for keys and values."""
-    anatomy, attn = model.anatomy, model.layers[layer].attn._module
-    d, index = anatomy.d_head, "qkv".index(which)
-    if hasattr(attn, "c_attn"):  # GPT-2: [d_model, q | k | v]
-        cut = slice(index * anatomy.d_model, (index + 1) * anatomy.d_model)
-        weight, bias = attn.c_attn.weight.T[cut], attn.c_attn.bias[cut]
-    elif hasattr(attn, "query_key_value"):  # GPT-NeoX: q, k and v side by side in each head
-        fused = attn.query_key_value
-        weight = fused.weight.view(anatomy.n_heads, 3, d, -1)[:, index].flatten(0, 1)
-        bias = None if fused.bias is None else fused.bias.view(anatomy.n_heads, 3, d)[:, index].flatten()
-    elif hasattr(attn, f"{which}_proj"):
-        linear = getattr(attn, f"{which}_proj")
-        weight, bias = linear.weight, linear.bias
-    else:
-        raise ValueError(f"no {which} projection in {type(attn).__name__}: this architecture is not supported yet")
-    weight = weight.detach().float().unflatten(0, (-1, d)).transpose(1, 2)
-    return weight, None if bias is None else bias.detach().float().view(-1, d)
-
-
-def _kv(model, head: int) -> int:
-    return head * model.anatomy.n_kv_heads // model.anatomy.n_heads
-
-
 def ov(model, layer: int, head: int) -> Factored:
     """What a head writes about a token that it attends to: N(x) -> N(x) W_V W_O, of rank d_head.
 
@@ -161,7 +80,7 @@ def ov(model, layer: int, head: int) -> Factored:
     """
     decoder_only(model)
     ((layer, head),) = model.anatomy.check([(layer, head)])
-    (weight, bias), kv = _project(model, layer, "v"), _kv(model, head)
+    (weight, bias), kv = project(model, layer, "v"), kv_head(model, head)
     right = output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))[head]
     return Factored(weight[kv], right, None if bias is None else bias[kv])
 
@@ -180,20 +99,11 @@ def qk(model, layer: int, head: int) -> Factored:
     """
     decoder_only(model)
     ((layer, head),) = model.anatomy.check([(layer, head)])
-    attn, kv = model.layers[layer].attn._module, _kv(model, head)
-    (q, bias), (k, _) = _project(model, layer, "q"), _project(model, layer, "k")
+    attn, kv = model.layers[layer].attn._module, kv_head(model, head)
+    (q, bias), (k, _) = project(model, layer, "q"), project(model, layer, "k")
     scale = getattr(attn, "scaling", None) or model.anatomy.d_head**-0.5
     fold = norm(attn.q_norm).weight * norm(attn.k_norm).weight if hasattr(attn, "q_norm") else 1
     return Factored(q[head] * fold * scale, k[kv].T, None if bias is None else bias[head] * fold * scale)
-
-
-def unembedding(model, ids: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-    """Unembedding of tokens as directions in the residual stream, `[..., d_model]` float32, final norm's weight folded in
-    and, for a layer, that of the norm which Gemma 2 and 3 put on what its attention writes."""
-    rows = model.unembed._module.weight.detach()
-    found = norm(model.final_norm._module).back(rows[ids.to(rows.device)].float())
-    post = None if layer is None else post_norms(model, layer)[0]
-    return found if post is None else norm(post).back(found)
 
 
 def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -255,7 +165,7 @@ def _effective(model, ids, kind: str, layer: int | None) -> torch.Tensor:
             x = model.layers[0].output[:, -1].save()
         return x.float()
     block, embedding = model.layers[0], model._module.get_input_embeddings()(ids)
-    out = block.mlp._module(_first(block._module, _MLP_NORMS, "norm before the MLP")(embedding))
+    out = block.mlp._module(mlp_norm(model, 0)(embedding))
     post = post_norms(model, 0)[1]
     out = out if post is None else post(out)
     return out.float() if kind == "mlp0" else out.float() + embedding.float()
@@ -366,7 +276,7 @@ def copying_score(
 
 def _values(model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query head's values of residuals `[token, d_model]`, `[token, head, d_head]`; W_O `[head, d_head, d_model]`."""
-    weight, bias = _project(model, layer, "v")
+    weight, bias = project(model, layer, "v")
     z = torch.einsum("tm,hmd->thd", input_norm(model, layer)(x.to(weight.device)), weight)
     z = z if bias is None else z + bias
     right = output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from heads import papers
+from heads.course import papers
 
 KERNEL = "python3"  # of this interpreter's own environment: see `_own_kernel`
 VOLATILE = ("papermill", "execution", "collapsed", "scrolled")
@@ -34,12 +34,12 @@ def plan(slug, preset=None, values=None):
     Raises LookupError for an unknown paper, preset or model, FileNotFoundError for a planned paper,
     TypeError for an unknown or ill-typed parameter.
     """
-    from heads import models
+    from heads.model import zoo
 
     chosen = {**(papers.preset(slug, preset) if preset else {}), **(values or {})}
     papers.check_parameters(slug, chosen)
     if "model" in chosen:
-        models.check_name(chosen["model"])
+        zoo.check_name(chosen["model"])
     return chosen
 
 

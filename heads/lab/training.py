@@ -16,89 +16,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from heads.names import known
 
 SCHEDULES = ("constant", "linear")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and what should follow it, as token ids."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-def examples(model, pairs, first: int | None = None, end: str = "") -> list[Example]:
-    """(prompt, answer) texts as `Example`s: prompt and answer are tokenised together, as the model reads them.
-
-    Args:
-        pairs: texts; the answer with its leading space if it has one.
-        first: keep only so many tokens of each answer (1: its first token).
-        end: appended to every answer, for example the tokenizer's end of text, or a newline.
-
-    Raises:
-        ValueError: naming a pair whose answer is empty or melts into the prompt's last token.
-    """
-    if first is not None and first < 1:
-        raise ValueError(f"first={first}: at least one token of each answer is kept")
-    found = []
-    for prompt, answer in pairs:
-        ids = model.tokenizer(prompt).input_ids
-        whole = model.tokenizer(prompt + answer + end).input_ids
-        if not ids:
-            raise ValueError(f"an empty prompt before {answer!r}: there is no token to read the answer's first one from")
-        if whole[: len(ids)] != ids or len(whole) == len(ids):
-            raise ValueError(
-                f"{answer + end!r} after {prompt[-40:]!r} is no continuation of its own in tokens: an answer must not be "
-                "empty and usually begins with the space or newline that separates it from the prompt"
-            )
-        found.append(Example(tuple(ids), tuple(whole[len(ids) :][:first])))
-    return found
-
-
-def answer_loss(model, batch: Sequence[Example]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens in nats: over the tokens of an answer, then over the batch.
-
-    The prompts themselves are not trained on. Rows are padded on the right, with an attention mask, so that
-    position 0 is every row's first token. Equals the same loss one by one, to float tolerance.
-
-    Args:
-        model: a loaded model, edited or not, or any module that is called like one of transformers (peft's, too).
-    """
-    fed = [[*example.prompt, *example.answer[:-1]] for example in batch]
-    length, starts = max(map(len, fed)), [len(example.prompt) - 1 for example in batch]
-    device = next(model.parameters()).device
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in fed], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in fed], device=device)
-    # logits before the first answer are not needed; peft's virtual tokens stand in front of all
-    keep = length - min(starts)
-    last = torch.arange(-keep, 0, device=device)  # named one by one, the rows come contiguous: one product, not one a row
-    logits = _logits(model, input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=last)[:, -keep:]
-    losses = []
-    for row, start, example in zip(logits, starts, batch):
-        at = start - min(starts)
-        target = torch.tensor(example.answer, device=logits.device)
-        losses.append(cross_entropy(row[at : at + len(target)].float(), target))
-    return torch.stack(losses).mean()
-
-
-def _logits(model, **inputs) -> torch.Tensor:
-    if isinstance(model, torch.nn.Module):
-        return model(**inputs).logits
-    if not model._edits:  # nothing to intervene in: the module itself, without a trace
-        return model._module(**inputs).logits
-    if any(getattr(layer._module, "gradient_checkpointing", False) for layer in model.layers):
-        raise ValueError(
-            "activation checkpointing recomputes layers after the trace is over, without the edits: "
-            "use `with steering.hooks(model):` around loss and backward instead of an edited model"
-        )
-    with model.trace(**inputs):
-        logits = model.logits.save()
-    return logits
 
 
 @contextmanager

@@ -6,15 +6,14 @@ was, and ablations stack. A set of heads is ablated jointly, in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from operator import index
+from numbers import Integral
 
-import nnsight
 import torch
-from torch.nn.functional import pad
 
+from heads.lab.places import at_positions, head_mask, is_head, named_inputs, token_numbers
+from heads.lab.readings import reference_values
 from heads.names import known
 
 KINDS = ("zero", "mean", "resample", "uniform")
@@ -81,47 +80,6 @@ class Plan:
             setattr(attn, what, torch.where(chosen, self.new(i, at, number, old), old))
 
 
-def named_inputs(args, kwargs) -> dict:
-    """What a model is called with, by name."""
-    return {**({"input_ids": args[0]} if args else {}), **kwargs}
-
-
-def token_numbers(inputs: dict) -> torch.Tensor:
-    """Each position's number among the real tokens of its row, from 0 and cached ones included, in the pass that is
-    called with `inputs`; -1 for padding. `[row or 1, position]`, on the CPU."""
-    ids = inputs.get("input_ids")
-    length = (ids if ids is not None else inputs["inputs_embeds"]).shape[1]
-    mask, past = inputs.get("attention_mask"), inputs.get("past_key_values")
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        mask = torch.ones(1, length + (past.get_seq_length() if past is not None else 0))
-    mask = mask.cpu().long()
-    return (mask.cumsum(-1) * mask - 1)[:, -length:]
-
-
-def at_positions(number: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
-    """Where `token_numbers` are among `positions`, of which negative ones count from a row's last token: booleans alike."""
-    wanted = torch.tensor(list(positions), dtype=torch.long)
-    from_end = number - number.amax(1, keepdim=True) - 1  # -1 for the last token
-    return (number >= 0) & (torch.isin(number, wanted[wanted >= 0]) | torch.isin(from_end, wanted[wanted < 0]))
-
-
-def head_mask(model, sets: list[Iterable]) -> torch.Tensor:
-    """Sets of heads as `[set, layer, head]` booleans; checks that every head exists."""
-    anatomy = model.anatomy
-    mask = torch.zeros(len(sets), anatomy.n_layers, anatomy.n_heads, dtype=torch.bool)
-    for row, chosen in enumerate(sets):
-        for layer, head in anatomy.check(chosen):
-            mask[row, layer, head] = True
-    return mask
-
-
-def _is_head(x) -> bool:
-    try:
-        return len([index(i) for i in x]) == 2
-    except TypeError:
-        return not isinstance(x, list)  # not a set of heads either: `check` names it
-
-
 def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=None, reference=None, values=None,
            per_position: bool = True, seed: int = 0):  # fmt: skip
     """The model with some heads switched off.
@@ -158,7 +116,7 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
         if values.dim() not in (3, 4) or (values.shape[0], *values.shape[-2:]) != (n, h, d):
             raise ValueError(f"the values are {list(values.shape)}, expected [{n}, {h}, {d}] or [{n}, position, {h}, {d}]")
     heads = [list(x) if isinstance(x, Iterable) else x for x in heads]
-    mask = head_mask(model, [heads] if not heads or _is_head(heads[0]) else heads)
+    mask = head_mask(model, [heads] if not heads or is_head(heads[0]) else heads)
     if needs and values is None:
         values = reference_values(model, reference, kind, per_position, seed)
     plan = Plan(mask, kind, phase, None if positions is None else tuple(positions), values)
@@ -168,81 +126,83 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
     return edited
 
 
-def reference_values(model, texts, kind: str, per_position: bool = True, seed: int = 0) -> torch.Tensor:
-    """What replaces ablated heads: the mean over texts, or the activations of one drawn text."""
-    texts = list(_listed(texts))
-    if kind == "resample" and texts:
-        texts = [texts[torch.randint(len(texts), (1,), generator=torch.Generator().manual_seed(seed)).item()]]
-    return head_means(model, texts, per_position=per_position or kind == "resample")
+def force_attention(model, heads, weights: torch.Tensor, position: int | torch.Tensor = -1):
+    """The model with chosen rows of attention: at one position, these heads mix the values as they are told to.
 
+    Everything downstream is recomputed. Only what the heads mix is replaced, so no pattern is computed (and reading
+    `.pattern` shows what the model would have done); it acts in the pass of the prompt, not on generated tokens.
 
-def _listed(texts):
-    if isinstance(texts, (str, Mapping, torch.Tensor)):
-        raise TypeError(
-            f"expected a list of texts, or of token ids [1, position], got one {type(texts).__name__}: put a text in a "
-            "list, and cut ids into prompts with ids.split(1)"
-        )
-    return texts
-
-
-def head_means(model, texts, per_position: bool | None = None, *, positions=None, batch: int = 1) -> torch.Tensor:
-    """Mean of every head's z over texts, streamed: one batch of texts is held at a time.
+        w = task.at(["first colour", "second colour"]).float()         # half and half, Merullo et al. 2024
+        repaired = heads.force_attention(model, movers, w / w.sum(1, keepdim=True), task.ids.shape[1] - 1)
+        heads.metrics.evaluate(repaired, task, batch=len(task))
 
     Args:
-        texts: texts, or token ids `[1, position]`; any iterable.
-        per_position: a mean for each position (if no positions are chosen, the default), or one over all.
-        positions: only these, absolute or negative from the end of each text: `[-1]` is the last token.
-        batch: texts in one forward pass.
+        heads: (layer, head) pairs.
+        weights: `[prompt, key]`, one row for each row of the batch that will be run, or `[1, key]` for all.
+        position: of the query, one for all prompts or `[prompt]`; negative ones count from the end.
 
     Returns:
-        `[layer, head, d_head]`, or `[layer, position, head, d_head]` with `per_position`; float32.
+        An edited copy; `model` is unchanged.
 
     Raises:
-        ValueError: without texts; if a mean per position is asked of texts of different lengths.
-        IndexError: a position beyond the end of a text.
+        ValueError: rows that do not sum to one, are negative, or look behind the query; when the edited model runs,
+            a batch or a length that does not fit.
+        IndexError: a head or position that does not exist.
     """
-    per_position = positions is None if per_position is None else per_position
-    total, count, length = 0, 0, None
-    for z in _activations(model, texts, positions, batch):
-        if per_position and length not in (None, z.shape[1]):
+    chosen = model.anatomy.check(heads)
+    weights, at = _checked_rows(weights, position, causal=not model.anatomy.encoder)
+    by_layer = {layer: [h for i, h in chosen if i == layer] for layer in sorted({i for i, _ in chosen})}
+    group = model.anatomy.n_heads // model.anatomy.n_kv_heads
+    with model.edit() as (tracer, edited):
+        for _ in tracer.iter[:]:
+            _force(edited, by_layer, weights, at, group)
+    return edited
+
+
+
+def _force(model, by_layer: dict[int, list[int]], weights: torch.Tensor, at: torch.Tensor, group: int) -> None:
+    """Edit the pass that is running. Call inside a trace, once per forward."""
+    # Read even if there is nothing to do: a step of `tracer.iter` that asks for nothing never ends.
+    past = model.inputs[1].get("past_key_values")
+    if past is not None and past.get_seq_length():
+        return
+    for layer, chosen in by_layer.items():
+        attn = model.layers[layer].attn
+        v = attn.v  # [batch, key, kv_head, d_head]
+        if len(weights) not in (1, len(v)) or weights.shape[1] != v.shape[1]:
             raise ValueError(
-                f"a mean per position needs texts of equal length, got {length} and {z.shape[1]} tokens: "
-                "use one template, or per_position=False"
+                f"attention is forced for {len(weights)} prompts of {weights.shape[1]} tokens, but this batch has "
+                f"{len(v)} of {v.shape[1]}: run the whole task as one batch, or force each batch on its own"
             )
-        length = z.shape[1]
-        total = total + (z if per_position else z.sum(1))
-        count += 1 if per_position else length
-    if not count:
-        raise ValueError("the reference holds no text, or no position")
-    return total / count
+        read = v[:, :, [h // group for h in chosen]]
+        mixed = torch.einsum("bk,bkhd->bhd", weights.to(read).expand(len(v), -1), read)
+        z, rows = attn.heads.clone(), torch.arange(len(v), device=v.device)[:, None]
+        z[rows, at.to(v.device).expand(len(v))[:, None], torch.tensor(chosen, device=v.device)] = mixed
+        attn.heads = z  # not in place: backward may need what was there
 
 
-def head_activations(model, texts, position: int = -1, batch: int = 1) -> torch.Tensor:
-    """Every head's z at one position of each text, `[text, layer, head, d_head]`, float32: what probes are fitted on."""
-    found = [z[:, 0] for z in _activations(model, texts, [position], batch)]
-    if not found:
-        raise ValueError("there are no texts")
-    return torch.stack(found)
 
-
-def _activations(model, texts, positions, batch: int) -> Iterator[torch.Tensor]:
-    """z of every head for each text in turn, `[layer, position, head, d_head]`, float32; at some positions, or all."""
-    texts = iter(_listed(texts))
-    while group := [x if isinstance(x, torch.Tensor) else model.ids(x) for x in islice(texts, batch)]:
-        if bad := [list(ids.shape) for ids in group if ids.dim() != 2 or len(ids) != 1 or not ids.numel()]:
-            raise ValueError(f"a text of token ids {bad[0]}: expected [1, position], with at least one token")
-        longest = max(ids.shape[1] for ids in group)
-        inputs = {"input_ids": torch.cat([pad(ids, (0, longest - ids.shape[1])) for ids in group]).to(model.device)}
-        if any(ids.shape[1] < longest for ids in group):
-            mask = torch.cat([pad(torch.ones_like(ids), (0, longest - ids.shape[1])) for ids in group])
-            inputs["attention_mask"] = mask.to(model.device)
-        with torch.no_grad(), model.trace(**inputs):
-            z = nnsight.save([])
-            for layer in model.layers:
-                z.append(layer.attn.heads.float())
-        for row, ids in enumerate(group):
-            n = ids.shape[1]
-            if beyond := [p for p in positions or () if not -n <= p < n]:
-                raise IndexError(f"position {beyond[0]} of a text with {n} tokens")
-            at = slice(n) if positions is None else [p % n for p in positions]
-            yield torch.stack([x[row, at].to(z[0].device) for x in z])
+def _checked_rows(weights, position, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as float32 `[row, key]`, positions as `[1 or row]`, not negative."""
+    weights = torch.as_tensor(weights).float().cpu()
+    if weights.dim() != 2 or not weights.numel():
+        raise ValueError(f"weights are [prompt, key], got {tuple(weights.shape)}")
+    length = weights.shape[1]
+    at = torch.tensor([int(position)]) if isinstance(position, Integral) else torch.as_tensor(position).cpu().long()
+    if at.shape not in ((1,), (len(weights),)):
+        raise ValueError(f"position is one number, or one for each of {len(weights)} rows, got {tuple(at.shape)}")
+    if (at < -length).any() or (at >= length).any():
+        raise IndexError(f"position {int(at.abs().max())} does not exist: the rows have {length} keys")
+    at = at % length
+    sums = weights.sum(1)
+    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        worst = int((sums - 1).abs().argmax())
+        raise ValueError(f"row {worst} sums to {sums[worst]:.3g}: a row of attention sums to one; divide by its sum")
+    if (weights < 0).any():
+        raise ValueError("a row of attention has no negative entries")
+    behind = torch.arange(length) > at[:, None]
+    if causal and (weights * behind > 0).any():
+        row = int((weights * behind > 0).any(1).nonzero()[0])
+        query = int(at[min(row, len(at) - 1)])
+        raise ValueError(f"row {row} looks into the future: it gives weight to keys behind position {query}")
+    return weights, at

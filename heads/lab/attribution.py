@@ -13,11 +13,10 @@ import nnsight
 import numpy as np
 import torch
 
-from heads.anatomy import output_projection, projection, softcapped
-from heads.circuits import decoder_only, norm, post_norms
-from heads.effects import Effects
 from heads.metrics import Metric, logit_difference, named
+from heads.model.weights import decoder_only, norm, output_projection, post_norms, projection, row_of, softcapped
 from heads.names import known
+from heads.scores import Effects
 from heads.tasks.base import DIRECTIONS, Task
 
 
@@ -66,14 +65,13 @@ class _Ends:
 
 
 def _ends(model, part: Task) -> _Ends:
-    normed = post_norms(model, 0)[1] is not None
+    after = (row_of(model).post_norms or ("", "mlp"))[1]
     with torch.no_grad(), model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
         z, mlp = nnsight.save([]), nnsight.save([])
         embedding = model.layers[0].input[:, -1].float().save()
         for layer in model.layers:
             z.append(layer.attn.heads[:, -1].float())
-            written = layer.post_feedforward_layernorm if normed else layer.mlp
-            mlp.append(written.output[:, -1].float())
+            mlp.append(getattr(layer, after).output[:, -1].float())
         last = model.layers[-1].output[:, -1].float().save()
         logits = model.logits[:, -1].float().save()
     device = last.device

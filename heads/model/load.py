@@ -1,4 +1,4 @@
-"""What `heads.models.load` does once a name has been accepted: build, bind, check."""
+"""Loading: a model by name as an nnsight envoy with the standard names, built, bound and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
 from transformers import AutoConfig, AutoTokenizer
 
-from heads import anatomy, attention, checks, models, tiny
+from heads.model import anatomy, attention, checks, zoo
+from heads.model.families import family_of
+from heads.names import known
 
 
 class Model(TransformersModel):
@@ -112,12 +114,14 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
     if name.startswith("tiny-"):
+        from heads.model import tiny  # of no other model
+
         module, tokenizer = tiny.build(name.removeprefix("tiny-"), seed)
         place = "cpu" if device == "spread" else device
         model = wrap(module.to(place, kind), tokenizer)
         record = {"name": name, "revision": f"seed {seed}", "sha256": tiny.sha256(module)}
     else:
-        folder = str(models.fetch(name)) if name in models.ZOO else name
+        folder = str(zoo.fetch(name)) if name in zoo.ZOO else name
         if Path(folder).expanduser().is_dir():
             folder = str(Path(folder).expanduser())
             if not any(Path(folder).glob("*.safetensors")):
@@ -147,26 +151,26 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
 
 
 def _task(config) -> str:
-    return "fill-mask" if anatomy.names_of(config).encoder else "text-generation"
+    return "fill-mask" if family_of(config).encoder else "text-generation"
 
 
 def _provenance(name: str, folder: str, config) -> dict:
     """Revision and SHA-256 of the weights: from the record of a zoo model, computed for a folder, and
     for a hub id the commit, which names its weights."""
     path = Path(folder)
-    if (path / models.RECORD).exists():
-        record = json.loads((path / models.RECORD).read_text())
+    if (path / zoo.RECORD).exists():
+        record = json.loads((path / zoo.RECORD).read_text())
         return {"revision": record["revision"], "sha256": record["sha256"]}
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(path.glob("*.safetensors")):
-            digest.update(models._sha256(file).encode())
+            digest.update(zoo._sha256(file).encode())
         return {"revision": None, "sha256": digest.hexdigest()}
     return {"revision": getattr(config, "_commit_hash", None), "sha256": None}
 
 
 def load_remote(name: str) -> RemoteModel:
-    if name in models.ZOO or name.startswith("tiny-"):
+    if name in zoo.ZOO or name.startswith("tiny-"):
         raise ValueError(f"{name!r} is not served by NDIF: where='remote' takes the hub id of a hosted model")
     if not (CONFIG.API.APIKEY or os.environ.get("NDIF_API_KEY")):
         raise RuntimeError(
@@ -180,3 +184,32 @@ def load_remote(name: str) -> RemoteModel:
     model.anatomy = anatomy.bind(model)
     model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
     return model
+
+
+def load(name: str = zoo.DEFAULT, device: str = "auto", dtype: str = "auto", where: str = "local", seed: int = 0):
+    """A model as an nnsight envoy with the standard names, checked.
+
+    Args:
+        name: a zoo name (`heads.model.zoo.ZOO`), `tiny-<family>` (small, random weights from `seed`), a hub
+            id (`owner/name`) or a folder with safetensors.
+        device: "auto" (a GPU if there is one), any torch device, or "spread" (over all GPUs).
+        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), or a torch dtype's name.
+        where: "local", or "remote": traces then run on NDIF, and no weights are loaded here.
+        seed: of the random weights of a `tiny-` model.
+
+    Returns:
+        `heads.anatomy`'s vocabulary on an `nnsight.TransformersModel`, with `.anatomy` and `.record`
+        (name, revision, SHA-256 of the weights, dtype, device).
+
+    Raises:
+        LookupError: for an unknown name, with the nearest one.
+        FetchError: if a zoo model cannot be fetched.
+        ValueError: for an unknown device, dtype or place, or if the model fails the identity checks of
+            `heads.checks`.
+        RuntimeError: for a GPU that is not there, or a remote model without a key.
+    """
+    zoo.check_name(name)
+    known("place to run", where, ("local", "remote"))
+    if where == "remote":
+        return load_remote(name)
+    return load_local(name, device, dtype, seed)

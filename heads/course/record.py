@@ -1,6 +1,7 @@
 """What a run leaves behind: a folder that is replaced as a whole, and a record of where it ran."""
 
 import atexit
+import json
 import os
 import platform
 import shutil
@@ -12,6 +13,10 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 from packaging.requirements import Requirement
+
+import heads
+from heads import names, tasks
+from heads.course import papers
 
 
 class Folder:
@@ -63,6 +68,46 @@ class Folder:
                     process = int(left.name.rpartition("-")[2])
                     if process == os.getpid() or not psutil.pid_exists(process):
                         shutil.rmtree(left, ignore_errors=True)
+
+
+def code(slug):
+    """What a paper's result rests on: the modules of heads that this process has imported, the files of data/ that it
+    has read, and one digest of them with the paper's entry and the code of its notebook (see `digest`)."""
+    package = Path(__file__).parents[1]
+    files = [Path(m.__file__) for name, m in list(sys.modules.items()) if name.startswith("heads.") and getattr(m, "__file__", None)]
+    modules = sorted(path.relative_to(package).as_posix() for path in files if path.stem not in ("__init__", "__main__", "cli"))
+    used = {"modules": modules, "data": sorted(names.READ)}
+    return {"sha256": digest(slug, **used), **used}
+
+
+def digest(slug, modules, data):
+    """SHA-256 of these modules, the façade's rows that lead to them, these data, and the paper's claims and code cells.
+
+    Outputs and prose do not enter, nor does any module that the notebook has not imported: adding a verb or editing
+    another instrument leaves a result as current as it was.
+    """
+    found, package = sha256(), Path(__file__).parents[1]
+    for path in [package / name for name in modules] + [names.root() / "data" / name for name in data]:
+        found.update(path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"gone") + b"\0")
+    homes = {name: home for facade in (heads, tasks) for name, home in facade.HOMES.items()}
+    rows = {name: home for name, home in homes.items() if f"{home[0].removeprefix('heads.').replace('.', '/')}.py" in modules}
+    found.update(json.dumps(rows, sort_keys=True).encode())
+    found.update(repr(papers.paper(slug).claims).encode())
+    if papers.notebook(slug).is_file():
+        for cell in json.loads(papers.notebook(slug).read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                found.update(b"\0" + "".join(cell["source"]).encode())
+    return found.hexdigest()
+
+
+def current(slug, folder=None):
+    """Whether the result in a folder (figures/<slug> of the repository) is of this code and this notebook."""
+    path = Path(folder or names.root() / "figures" / slug) / "result.json"
+    try:
+        used = json.loads(path.read_text(encoding="utf-8"))["code"]
+        return used["sha256"] == digest(slug, used["modules"], used["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def versions():

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from tqdm import tqdm
 
-from heads.effects import Effects
+from heads.lab.replay import Replay, chunks, room
 from heads.metrics import Metric, logit_difference, named
 from heads.names import known
-from heads.replay import Replay
+from heads.scores import Effects
 from heads.tasks.base import DIRECTIONS, Task
 
 KINDS = ("zero", "mean", "resample", "counterfactual")
@@ -99,16 +99,6 @@ def _heads(model, ids: torch.Tensor, start: int, batch: int) -> list[torch.Tenso
         sums = [z.float().sum(0, keepdim=True) for z in Replay(model, part, start, check=False).z]
         total = sums if total is None else [a + b for a, b in zip(total, sums)]
     return [x.to(model._module.dtype) / len(ids) for x in total]
-
-
-def chunks(units: list, size: int) -> list[list]:
-    return [units[i : i + size] for i in range(0, len(units), size)]
-
-
-def room(model, positions: int, prompts: int, tokens: int | None) -> int:
-    """How many conditions one forward takes."""
-    tokens = tokens or (2048 if model.device.type == "cpu" else 131072)  # on a CPU, what fits its caches
-    return max(1, tokens // (positions * prompts))
 
 
 def _cut(clean: Replay, new: list, mask: torch.Tensor, columns, tokens: int | None, bar) -> torch.Tensor:

@@ -10,27 +10,17 @@ written a second time here. Every replay is checked against the model before it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import Cache
 
-from heads.anatomy import projection, softcapped
-from heads.attention import SharedPrefix
-from heads.decode import prefill
+from heads.model.prefix import SharedPrefix, prefill
+from heads.model.weights import hooked, projection, softcapped
 
 
 class ReplayError(RuntimeError):
     """A model's layers, called one by one, do not give what the model gives."""
-
-
-@contextmanager
-def hooked(*hooks):
-    """Torch hooks for the length of a `with`: (register, function, keywords) each."""
-    with ExitStack() as stack:
-        for register, function, keywords in hooks:
-            stack.callback(register(function, **keywords).remove)
-        yield
 
 
 @contextmanager
@@ -200,3 +190,14 @@ class Replay:
                 f"replaying a {self.model.anatomy.family} model layer by layer is off by {error:.1e} of its logits "
                 f"(allowed {exact:g}): its layers need something that the clean run did not hand over. Use engine='literal'"
             )
+
+
+def chunks(units: list, size: int) -> list[list]:
+    return [units[i : i + size] for i in range(0, len(units), size)]
+
+
+
+def room(model, positions: int, prompts: int, tokens: int | None) -> int:
+    """How many conditions one forward takes."""
+    tokens = tokens or (2048 if model.device.type == "cpu" else 131072)  # on a CPU, what fits its caches
+    return max(1, tokens // (positions * prompts))

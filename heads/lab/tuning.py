@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from heads.anatomy import Head, names_of
+from heads.model.anatomy import Head
+from heads.model.weights import parts as parts_of
+from heads.model.weights import transposed
 
 PARTS = "qkvo"
 
@@ -32,44 +34,6 @@ class _Slice(nn.Module):
 
     def forward(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.index_copy(self.dim, self.index, self.values.to(whole.dtype))
-
-
-def _rows(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    """Where a layer keeps its heads: part -> (module, `[head or kv_head, d_head]` features of its output; for "o" of
-    its input).
-
-    Raises:
-        ValueError: for a layout that is not known.
-    """
-    anatomy, names = model.anatomy, names_of(model.config.get_text_config())
-    attn = model.layers[layer].attn._module
-    caller = attn.get_submodule(names.call) if names.call else attn
-    n, n_kv, d = anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head
-    block = lambda count, start=0: torch.arange(start, start + count * d).view(count, d)  # noqa: E731
-    found = {}
-    for three in (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")):
-        if all(hasattr(caller, name) for name in three):
-            found = {part: (getattr(caller, name), block(m)) for part, name, m in zip("qkv", three, (n, n_kv, n_kv))}
-    for name in ("c_attn", "Wqkv", "qkv_proj"):  # one after the other: all queries, all keys, all values
-        if hasattr(caller, name):
-            starts = zip("qkv", (n, n_kv, n_kv), (0, n * d, (n + n_kv) * d))
-            found = {part: (getattr(caller, name), block(m, start)) for part, m, start in starts}
-    if hasattr(caller, "query_key_value") and n == n_kv:  # head by head: its query, its key, its value
-        rows = torch.arange(3 * n * d).view(n, 3, d)
-        found = {part: (caller.query_key_value, rows[:, i]) for i, part in enumerate("qkv")}
-    wide = {id(module): _width(module) for module, _ in found.values()}
-    if not found or sum(wide.values()) != (n + 2 * n_kv) * d:
-        raise ValueError(f"layer {layer} of a {anatomy.family} model: how it keeps queries, keys and values is not known")
-    return {**found, "o": (attn.get_submodule(names.proj), block(n))}
-
-
-def _transposed(module: nn.Module) -> bool:
-    """Whether the weight is [in, out], as GPT-2's Conv1D keeps it."""
-    return not isinstance(module, nn.Linear)
-
-
-def _width(module: nn.Module) -> int:
-    return module.weight.shape[1 if _transposed(module) else 0]
 
 
 def _checked(parts: str) -> str:
@@ -105,11 +69,11 @@ class HeadWeights:
 
     def _add(self, layer: int, chosen: list[int]) -> None:
         cut: dict[tuple, list[torch.Tensor]] = {}
-        for part, (module, rows) in _rows(self.model, layer).items():
+        for part, (module, rows) in parts_of(self.model, layer).items():
             if part not in self.parts:
                 continue
             index = rows[sorted({head // self._group for head in chosen}) if part in "kv" else chosen].flatten()
-            dim = int((part != "o") == _transposed(module))  # the weight's axis that tells heads apart
+            dim = int((part != "o") == transposed(module))  # the weight's axis that tells heads apart
             cut.setdefault((module, "weight", dim), []).append(index)
             self.counts[part] += len(index) * module.weight.shape[1 - dim]
             if part != "o" and module.bias is not None:  # the bias of the output projection is no head's
@@ -221,14 +185,14 @@ def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, la
     from peft import LoraConfig
 
     chosen = model.anatomy.check((i, 0) for i in (range(model.anatomy.n_layers) if layers is None else layers))
-    wanted = {_rows(model, i)[part][0] for i, _ in chosen for part in _checked(parts)}
+    wanted = {parts_of(model, i)[part][0] for i, _ in chosen for part in _checked(parts)}
     if not wanted:
         raise ValueError("no layers were chosen: there is nothing to adapt")
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         target_modules=[name for name, module in model._module.named_modules() if module in wanted],
-        fan_in_fan_out=any(map(_transposed, wanted)),
+        fan_in_fan_out=any(map(transposed, wanted)),
     )
     wrapped = _wrapped(model, config, seed)
     try:

@@ -26,7 +26,9 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
 
-from heads.attention import pattern as attention_pattern
+from heads.model.attention import pattern as attention_pattern
+from heads.model.families import family_of, windows
+from heads.model.weights import output_projection
 
 Head = tuple[int, int]
 
@@ -48,6 +50,33 @@ def _version(view: torch.Tensor):
     return None if view.is_inference() else view._version
 
 
+class Argument(Located):
+    """One argument of the attention call, `[batch, head, position, d_head]` there, handed out by position."""
+
+    def __init__(self, which: int, description: str):
+        super().__init__(key="call_input", description=description)
+        self.which = which
+        self(self._read).transform(lambda obj, view, raw: self._put(raw, view))
+        self.postprocess(lambda obj, value: self._put(obj._raw(self), value))
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def _read(self, obj, value) -> torch.Tensor:
+        args, kwargs = value
+        if self.which != 1 and kwargs.get("shared_prefix") is not None:
+            raise NotImplementedError(
+                "keys and values of a batch of conditions are shared and cannot be read one by one; "
+                "read q, pattern or heads, or run the condition alone with heads.ablate(...)"
+            )
+        # keys and values belong to the KV cache: hand out a copy, so that an edit stays in this pass
+        return (args[self.which] if self.which == 1 else args[self.which].clone()).transpose(1, 2)
+
+    def _put(self, value, view: torch.Tensor):
+        args, kwargs = value
+        return (*args[: self.which], view.transpose(1, 2), *args[self.which + 1 :]), kwargs
+
+
 class Attention(Envoy):
     """The attention module of one layer, with its heads. See the module's docstring for shapes."""
 
@@ -56,59 +85,12 @@ class Attention(Envoy):
     proj_input: str  # the input of the output projection
     n_heads: int
 
-    def _qkv(self, value, which: int) -> torch.Tensor:
-        args, kwargs = value
-        if which != 1 and kwargs.get("shared_prefix") is not None:
-            raise NotImplementedError(
-                "keys and values of a batch of conditions are shared and cannot be read one by one; "
-                "read q, pattern or heads, or run the condition alone with heads.ablate(...)"
-            )
-        # keys and values belong to the KV cache: hand out a copy, so that an edit stays in this pass
-        return (args[which] if which == 1 else args[which].clone()).transpose(1, 2)
-
-    @staticmethod
-    def _put(value, which: int, view: torch.Tensor):
-        args, kwargs = value
-        return (*args[:which], view.transpose(1, 2), *args[which + 1 :]), kwargs
+    q = Argument(1, "queries [batch, position, head, d_head], as they meet the keys")
+    k = Argument(2, "keys [batch, key, kv_head, d_head], cached ones included")
+    v = Argument(3, "values [batch, key, kv_head, d_head], cached ones included")
 
     def _raw(self, prop: Located):
         return Mediator.value(prop._location(self))
-
-    @Located(key="call_input", description="queries [batch, position, head, d_head], as they meet the keys")
-    def q(self, value) -> torch.Tensor:
-        return self._qkv(value, 1)
-
-    @q.transform
-    def q(self, view, raw):
-        return self._put(raw, 1, view)
-
-    @q.postprocess
-    def q(self, value):
-        return self._put(self._raw(Attention.q), 1, value)
-
-    @Located(key="call_input", description="keys [batch, key, kv_head, d_head], cached ones included")
-    def k(self, value) -> torch.Tensor:
-        return self._qkv(value, 2)
-
-    @k.transform
-    def k(self, view, raw):
-        return self._put(raw, 2, view)
-
-    @k.postprocess
-    def k(self, value):
-        return self._put(self._raw(Attention.k), 2, value)
-
-    @Located(key="call_input", description="values [batch, key, kv_head, d_head], cached ones included")
-    def v(self, value) -> torch.Tensor:
-        return self._qkv(value, 3)
-
-    @v.transform
-    def v(self, view, raw):
-        return self._put(raw, 3, view)
-
-    @v.postprocess
-    def v(self, value):
-        return self._put(self._raw(Attention.v), 3, value)
 
     @Located(key="call_input", description="attention pattern [batch, head, query, key]; rows sum to one")
     def pattern(self, value) -> torch.Tensor:
@@ -150,39 +132,6 @@ class Attention(Envoy):
     def heads(self, value):
         args, kwargs = self._raw(Attention.heads)
         return (value.flatten(-2), *args[1:]), kwargs
-
-
-@dataclass(frozen=True)
-class Names:
-    """Where one architecture keeps what the vocabulary names (dotted paths)."""
-
-    layers: str
-    final_norm: str
-    unembed: str
-    attn: str = "self_attn"
-    mlp: str = "mlp"
-    call: str = ""  # submodule of `attn` whose forward makes the attention call, "" for attn itself
-    proj: str = "o_proj"  # output projection, below `attn`
-    encoder: bool = False
-
-
-_LLAMA = Names("model.layers", "model.norm", "lm_head")
-FAMILIES: dict[str, Names] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "gpt2": Names("transformer.h", "transformer.ln_f", "lm_head", attn="attn", proj="c_proj"),
-    "gpt_neox": Names("gpt_neox.layers", "gpt_neox.final_layer_norm", "lm_head", attn="attention", proj="dense"),
-    "bert": Names(
-        "bert.encoder.layer", "cls.predictions.transform", "cls.predictions.decoder",
-        attn="attention", call="self", proj="output.dense", mlp="E_output.dense", encoder=True,
-    ),
-    "modernbert": Names("model.layers", "model.final_norm", "decoder", attn="attn", proj="Wo", encoder=True),
-}
 
 
 @dataclass(frozen=True)
@@ -239,15 +188,9 @@ class Anatomy:
         return sorted(found)
 
 
-def names_of(config) -> Names:
-    """The paths of a model's parts. Unknown decoders are read like Llama, which most of them copy;
-    if that does not fit, `bind` says which part was not found."""
-    return FAMILIES.get(config.model_type, _LLAMA)
-
-
 def vocabulary(config) -> dict:
     """The `rename` and `envoys` arguments that give an nnsight model the standard names."""
-    names = names_of(config)
+    names = family_of(config)
     rename = {names.layers: "layers", names.final_norm: "final_norm", names.unembed: "unembed"}
     if names.attn != "attn":
         rename[names.attn] = "attn"
@@ -285,12 +228,12 @@ def bind(model) -> Anatomy:
         ValueError: naming the part that was not found or whose shape disagrees with the config.
     """
     config = model.config.get_text_config()
-    names = names_of(config)
+    names = family_of(config)
     for part in ("layers", "final_norm", "unembed"):
         if not hasattr(model, part):
             raise ValueError(
                 f"no {part} in a {config.model_type} model (looked at {getattr(names, part)}): this architecture is not "
-                "supported yet; add a row to heads.anatomy.FAMILIES"
+                "supported yet; add a row to heads.model.families.FAMILIES"
             )
     n_heads = config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
@@ -315,62 +258,6 @@ def bind(model) -> Anatomy:
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         d_head=d_head,
         d_model=config.hidden_size,
-        windows=_windows(config, n_layers),
+        windows=windows(config, n_layers),
         encoder=names.encoder,
     )
-
-
-def _windows(config, n_layers: int) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return (None,) * n_layers
-    if kinds is None:
-        return (window,) * n_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def projection(model, layer) -> torch.nn.Module:
-    """The module of a layer's output projection, whose input is the heads. `layer`: an index, or the layer's envoy."""
-    layer = model.layers[layer] if isinstance(layer, int) else layer
-    return layer.attn._module.get_submodule(names_of(model.config.get_text_config()).proj)
-
-
-def output_projection(model, layer) -> torch.Tensor:
-    """Weight of a layer's output projection, `[n_heads * d_head, d_model]` (rows are head inputs).
-
-    Args:
-        layer: an index, or the layer's envoy.
-    """
-    adapter = projection(model, layer)
-    module = getattr(adapter, "base_layer", adapter)  # where one of peft sits around it
-    weight = module.weight
-    if adapter is not module and not (adapter.merged or adapter.disable_adapters):
-        weight = weight + sum(adapter.get_delta_weight(name) for name in adapter.active_adapters)
-    # GPT-2 keeps [in, out] in a Conv1D, everybody else [out, in] in a Linear; one that is being tuned is a subclass
-    return weight if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) else weight.T
-
-
-def softcapped(model, logits: torch.Tensor) -> torch.Tensor:
-    """Logits as the model hands them out: squeezed by `tanh` in the models that cap them (Gemma 2)."""
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def projection_envoy(model, layer: int):
-    """The envoy of a layer's output projection (its `.output` is the sum over heads, plus bias)."""
-    envoy = model.layers[layer].attn
-    for part in names_of(model.config.get_text_config()).proj.split("."):
-        envoy = envoy.E_output if part == "output" and hasattr(envoy, "E_output") else getattr(envoy, part)
-    return envoy
-
-
-def head_outputs(model, layer: int, z: torch.Tensor) -> torch.Tensor:
-    """What each head writes: `[..., head, d_head]` -> `[..., head, d_model]`, without the bias.
-
-    Their sum over heads plus the projection's bias is the attention's output. In models that
-    normalise after the projection (Gemma 2 and 3) this is before that norm, and a head's share of
-    the residual stream is not additive.
-    """
-    weight = output_projection(model, layer).view(z.shape[-2], z.shape[-1], -1)
-    return torch.einsum("...hd,hdm->...hm", z, weight)

@@ -7,16 +7,16 @@
     study.verdict()     # publishes figures/retrieval-head/ with result.json, all or nothing
 """
 
-import hashlib
 import json
 import random
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 
-from heads import papers, plot, publish
+from heads import plot
+from heads.course import papers
+from heads.course import record
 from heads.names import known
 
 
@@ -54,7 +54,7 @@ class Study:
         _seed(self.seed)
         plot.style()
         self.preset = papers.preset_of(slug, parameters)
-        self._output = publish.Folder(papers.figures_folder(slug, parameters))
+        self._output = record.Folder(papers.figures_folder(slug, parameters))
         self._models, self._figures, self._scores, self._claims, self._timed = [], {}, {}, {}, set()
         self._start = time.monotonic()
 
@@ -66,10 +66,10 @@ class Study:
 
     def uses(self, model):
         """Record a model that `heads.load` returned (name, revision, SHA-256 of its weights); returns it."""
-        record = getattr(model, "record", None)
-        if not isinstance(record, dict):
+        about = getattr(model, "record", None)
+        if not isinstance(about, dict):
             raise TypeError(f"uses() takes what heads.load() returned, not {type(model).__name__}: it has no record")
-        kept = {key: record.get(key) for key in ("name", "revision", "sha256")}
+        kept = {key: about.get(key) for key in ("name", "revision", "sha256")}
         self._models = [m for m in self._models if m != kept] + [kept]
         return model
 
@@ -141,8 +141,8 @@ class Study:
         Raises ValueError where a claim of the paper was never judged, naming it.
         """
         rows = self._judged()
-        record = json.dumps(self._record(rows), indent=1, allow_nan=False, ensure_ascii=False)
-        (self._output.work / "result.json").write_text(record + "\n", encoding="utf-8")
+        text = json.dumps(self._record(rows), indent=1, allow_nan=False, ensure_ascii=False)
+        (self._output.work / "result.json").write_text(text + "\n", encoding="utf-8")
         self._output.publish()
         head = ("", "claim", "the paper", "here", "verdict", "why")
         cells = [(r["id"], r["text"], r["paper"], _text(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
@@ -159,23 +159,23 @@ class Study:
 
     def _record(self, rows):
         """What result.json holds."""
-        record = {
+        found = {
             "paper": self.paper.slug,
             "arxiv": self.paper.arxiv,
             "preset": self.preset,
             "parameters": self.parameters,
             "seed": self.seed,
             "model": self._models[0] if self._models else None,
-            "versions": publish.versions(),
-            "hardware": publish.hardware(),
+            "versions": record.versions(),
+            "hardware": record.hardware(),
             "seconds": round(time.monotonic() - self._start, 1),
-            "peak_memory_bytes": publish.peak_memory_bytes(),
-            "code_sha256": _code_sha256(papers.notebook(self.paper.slug)),
+            "peak_memory_bytes": record.peak_memory_bytes(),
+            "code": record.code(self.paper.slug),
             "claims": rows,
             "scores": self._scores,
             "figures": list(self._figures.values()),
         }
-        return record | ({"other_models": self._models[1:]} if self._models[1:] else {})
+        return found | ({"other_models": self._models[1:]} if self._models[1:] else {})
 
 
 def plain(value, digits=4):
@@ -223,19 +223,6 @@ def _verdict(id, holds, partly):
     if holds is None:
         return "not tested here"
     return "holds" if holds else "partly" if partly else "fails"
-
-
-def _code_sha256(notebook):
-    """One digest of the library and of the notebook's code cells; outputs and prose do not enter."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    if notebook.is_file():
-        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                digest.update(b"\0" + "".join(cell["source"]).encode())
-    return digest.hexdigest()
 
 
 def _text(measured):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from heads.decode import Step, decode_batch
+from heads.lab.decoding import Step, batches, decode_batch
 from heads.scores import HeadScores
 from heads.tasks.needle import Sample
 
@@ -116,17 +116,6 @@ class Tally:
         copies = (self.counts.clamp(max=1) if dedup else self.counts).sum(-1) / (self.end - self.start)
         tables = (table.cpu().numpy() for table in (copies, self.needle / n, self.first / n))
         return Trial(self.sample, response, rouge1_recall(response, self.sample.answer), *tables)
-
-
-def batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices of prompts to decode together: neighbours in length, at most `tokens` with padding, or one alone."""
-    found: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if found and (len(found[-1]) + 1) * lengths[i] <= tokens:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found
 
 
 def retrieval_scores(model, samples: list[Sample], max_new_tokens: int = 50, stop: str | None = "\n",

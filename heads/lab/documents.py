@@ -20,13 +20,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import nnsight
-import torch
 from tqdm import tqdm
 
-from heads.ablation import ablate
-
-Batch = list[tuple[int, list[int]]]  # (number of the document in its window, token ids)
+from heads.lab.answers import batches, losses_of, prepared
 
 
 @dataclass
@@ -53,87 +49,6 @@ class Summary:
         why = f" ({', '.join(f'{reason}: {n}' for reason, n in sorted(self.skipped.items()))})" if lost else ""
         split = f" ({self.split} longer than the context: split)" if self.split else ""
         return f"{self.read} documents: {self.scored} scored{split}, {lost} skipped{why}; {self.tokens:,} tokens"
-
-
-def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Cross-entropy of every token but the first of each row, in nats: `[token - 1]` per row, float32 on the CPU.
-
-    Args:
-        model: a loaded decoder, edited or not.
-        rows: token ids, of any lengths from two on; one forward pass for all, padded on the right.
-    """
-    return _forward(model, rows)[0]
-
-
-def losses_under(model, rows: list[list[int]], conditions: Mapping, kind: str = "zero", tokens: int = 4096) -> dict:
-    """`token_losses` of every row under every condition: name -> `[token - 1]` per row.
-
-    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
-    the work.
-
-    Args:
-        conditions, kind, tokens: as in `score_documents`.
-    """
-    models = {name: pair[0] for name, pair in _prepared(model, conditions, kind).items()}
-    found = {name: [None] * len(rows) for name in models}
-    for batch in _batches(list(enumerate(rows)), tokens):
-        for name, losses in _losses(model, models, [ids for _, ids in batch]).items():
-            for (number, _), row in zip(batch, losses):
-                found[name][number] = row
-    return found
-
-
-def _prepared(model, conditions: Mapping, kind: str) -> dict[str, tuple]:
-    """name -> ((edited model, its first layer that differs from the clean one or None), what to write about it)."""
-    found = {}
-    for name, heads in conditions.items():
-        if hasattr(heads, "trace"):
-            found[name] = (heads, 0), "a model"
-        elif len(heads):
-            chosen = [[int(layer), int(head)] for layer, head in heads]
-            found[name] = (ablate(model, heads, kind), min(chosen)[0]), chosen
-        else:
-            found[name] = (model, None), []
-    return found
-
-
-def _losses(model, models: dict, rows) -> dict[str, list[torch.Tensor]]:
-    """One batch under all conditions, the clean run first."""
-    keep = sorted({first for _, first in models.values() if first})
-    clean, streams = _forward(model, rows, keep)
-    found = {}
-    for name, (edited, first) in models.items():
-        resume = (first, streams[first]) if first else None
-        found[name] = clean if first is None else _forward(edited, rows, resume=resume)[0]
-    return found
-
-
-@torch.no_grad()
-def _forward(model, rows, keep=(), resume: tuple | None = None) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
-    """Losses as `token_losses` gives them, and the residual stream entering the layers `keep`.
-
-    `resume`, a layer and the stream that enters it in an unedited run, spares the layers below: an edit does not
-    change them if it acts at that layer or above."""
-    length, device = max(map(len, rows)), model.device
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-    with model.trace(input_ids=ids, attention_mask=mask, use_cache=False):
-        if resume is not None:
-            for i in range(resume[0]):
-                model.layers[i].skip(resume[1])
-        kept = nnsight.save({})
-        for i in keep:
-            kept[i] = model.layers[i].input
-        logits = model.logits.save()
-    losses = []
-    for row, target, tokens in zip(logits, ids, rows):
-        parts = []
-        for start in range(0, len(tokens) - 1, 512):  # float32 of a whole row of logits would be the largest tensor here
-            stop = min(start + 512, len(tokens) - 1)
-            part, gold = row[start:stop].float(), target[start + 1 : stop + 1].to(row.device)
-            parts.append(part.logsumexp(-1) - part.gather(-1, gold[:, None])[:, 0])
-        losses.append(torch.cat(parts).cpu())
-    return losses, kept
 
 
 def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
@@ -169,8 +84,8 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     """
     length = _checked(model, conditions, length, tokens, window, shard)
     source = source_of(documents, out)
-    prepared = _prepared(model, conditions, kind)
-    models, chosen = ({name: pair[k] for name, pair in prepared.items()} for k in (0, 1))
+    pairs = prepared(model, conditions, kind)
+    models, chosen = ({name: pair[k] for name, pair in pairs.items()} for k in (0, 1))
     run = {
         "model": model.record["name"], "sha256": model.record.get("sha256"),
         "documents": None if source is None else {"name": source.name, "bytes": source.stat().st_size},
@@ -326,8 +241,8 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         records.append(record)
         pieces += [(number, part) for part in parts if not reason]
     totals = {name: Counter() for name in models}
-    for batch in _batches(pieces, tokens):
-        for name, found in _losses(model, models, [ids for _, ids in batch]).items():
+    for batch in batches(pieces, tokens):
+        for name, found in losses_of(model, models, [ids for _, ids in batch]).items():
             for (number, _), losses in zip(batch, found):
                 totals[name][number] += losses.double().sum().item()
         for number, ids in batch:
@@ -340,18 +255,6 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         else:
             record |= {f"loss_{name}": round(mean, 6) for name, mean in means.items()}
     return records
-
-
-def _batches(pieces: Batch, tokens: int) -> Iterator[Batch]:
-    """Pieces of similar length together, as many as fit into `tokens` with their padding; a longer one runs alone."""
-    batch: Batch = []
-    for piece in sorted(pieces, key=lambda piece: -len(piece[1])):
-        if batch and len(batch[0][1]) * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
 
 
 def to_parquet(path, folder) -> int:

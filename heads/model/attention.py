@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import softmax
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "heads"
@@ -105,31 +104,3 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-class SharedLayer(DynamicLayer):
-    """One layer's keys and values: a prefix held once, and what each row of the batch adds to it."""
-
-    def __init__(self, prefix: DynamicLayer):
-        super().__init__()
-        self.prefix_keys, self.prefix_values = prefix.keys, prefix.values
-
-    def get_seq_length(self) -> int:
-        return self.prefix_keys.shape[-2] + super().get_seq_length()
-
-
-class SharedPrefix(Cache):
-    """A KV cache whose prefixes are stored once and read by every row of a batch.
-
-    Pass it twice, `model(ids, past_key_values=cache, shared_prefix=cache)`: the first lets
-    transformers count positions, the second lets `attention` find the prefix. Row r of the batch
-    then continues prefix r modulo their number, and a prefix costs memory once, not once a row.
-
-    Args:
-        prefix: a cache of one or several prompts of equal length (`[prompt, kv_head, position, d_head]` in
-            every layer), left as it is.
-    """
-
-    def __init__(self, prefix: Cache):
-        super().__init__(layers=[SharedLayer(layer) for layer in prefix.layers])
-
-
-__all__ = ["NAME", "SharedPrefix", "attention", "mix", "pattern", "repeat_kv"]

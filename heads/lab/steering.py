@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from heads.ablation import at_positions, named_inputs, token_numbers
-from heads.anatomy import names_of
+from heads.lab.places import at_positions, named_inputs, token_numbers
+from heads.model.weights import projection
 from heads.names import known
 
 HOW = ("add", "scale", "mix", "replace")
@@ -169,7 +169,7 @@ class Steering:
     def hooks(self) -> Iterator[None]:
         """The same by plain torch hooks on the loaded module, for as long as the `with` block lasts: for training.
 
-        Every forward counts as a first pass. Backward belongs into the block, too: with `heads.train.checkpointing`
+        Every forward counts as a first pass. Backward belongs into the block, too: with `heads.lab.training.checkpointing`
         layers are run once more there, and have to be steered once more.
         """
         if self.model._edits:
@@ -186,10 +186,9 @@ class Steering:
 
             return hook
 
-        proj = names_of(self.model.config.get_text_config()).proj
         handles = [module.register_forward_pre_hook(start, with_kwargs=True)]
         for i in self.layers:
-            handles.append(self.model.layers[i].attn._module.get_submodule(proj).register_forward_pre_hook(edit(i)))
+            handles.append(projection(self.model, i).register_forward_pre_hook(edit(i)))
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import nnsight
 import torch
 
-from heads.anatomy import head_outputs, output_projection, projection, projection_envoy
+from heads.model.weights import head_outputs, output_projection, projection, projection_envoy
 
 
 class IdentityError(ValueError):

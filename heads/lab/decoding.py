@@ -7,72 +7,11 @@ from dataclasses import dataclass
 
 import nnsight
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
-from heads.ablation import ablate
-from heads.attention import SharedPrefix
-
-
-def prefill(model, ids: torch.Tensor) -> DynamicCache:
-    """KV cache of a prompt, through SDPA: no pattern is materialised, no logits but the last.
-
-    Layers with a sliding window keep all their keys here (the mask still hides them), so that a key's
-    index is its position in every layer.
-
-    Args:
-        ids: `[batch, position]`; a batch of one if the cache is to be shared.
-    """
-    cache = DynamicCache()
-    with torch.no_grad(), model.trace(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1):
-        pass
-    return cache
-
-
-class JoinedLayer(DynamicLayer):
-    """One layer's keys and values of several prompts, aligned at their ends: `[row, kv_head, position, d_head]`.
-
-    Shorter prompts have zeros on the left, which the attention mask hides; the distance of two tokens, and so a
-    sliding window, is what it was. Room for `room` more tokens is there from the start: no step copies the cache.
-    """
-
-    def __init__(self, layers: list[DynamicLayer], room: int):
-        super().__init__()
-        self.length = max(layer.get_seq_length() for layer in layers)
-        self.store = [self._join([getattr(layer, part) for layer in layers], room) for part in ("keys", "values")]
-        self._show()
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-
-    def _join(self, parts: list[torch.Tensor], room: int) -> torch.Tensor:
-        kv_heads, _, d_head = parts[0].shape[1:]
-        joined = parts[0].new_zeros(len(parts), kv_heads, self.length + room, d_head)
-        for row, part in zip(joined, parts):
-            row[:, self.length - part.shape[2] : self.length] = part[0]
-        return joined
-
-    def _show(self):
-        self.keys, self.values = (part[:, :, : self.length] for part in self.store)
-        return self.keys, self.values
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start, self.length = self.length, self.length + key_states.shape[2]
-        for part, new in zip(self.store, (key_states, value_states)):
-            part[:, :, start : self.length] = new
-        return self._show()
-
-    def batch_select_indices(self, indices) -> None:
-        self.store = [part[indices] for part in self.store]
-        self._show()
-
-
-def join(caches: list[DynamicCache], room: int) -> Cache:
-    """Caches of one prompt each as one batch, with room for so many more tokens. They are emptied on the way, layer
-    by layer, so that nothing is held twice."""
-    joined = []
-    for layers in zip(*(cache.layers for cache in caches)):
-        joined.append(JoinedLayer(list(layers), room))
-        for layer in layers:
-            layer.reset()
-    return Cache(layers=joined)
+from heads.lab.ablation import ablate
+from heads.lab.answers import AnswerScore
+from heads.model.prefix import SharedPrefix, join, prefill
 
 
 @dataclass(frozen=True)
@@ -164,18 +103,6 @@ def decode_rows(model, ids: torch.Tensor, max_new_tokens: int = 50, stop: str | 
         yield steps[0]
 
 
-@dataclass(frozen=True)
-class AnswerScore:
-    """A gold answer under teacher forcing: per token, whether it is the arg max, and its log-probability."""
-
-    correct: torch.Tensor  # [token], bool
-    logprob: torch.Tensor  # [token], nats
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct.float().mean().item()
-
-
 class Conditions:
     """Many ablations of one prompt as one batch: the prefix is prefilled once and stored once.
 
@@ -253,3 +180,14 @@ class Conditions:
             hits = logits.argmax(-1) == answer
             scores |= {name: AnswerScore(hits[i].cpu(), gold[i].cpu()) for i, name in enumerate(names)}
         return scores
+
+
+def batches(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices of prompts to decode together: neighbours in length, at most `tokens` with padding, or one alone."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found and (len(found[-1]) + 1) * lengths[i] <= tokens:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found

@@ -1,6 +1,6 @@
 """Models by name: the embedded default, small random ones, hub ids, local folders, remote.
 
-Importing this module is light; torch and transformers come in with `load`.
+Importing this module is light; torch and transformers come in with `heads.model.load`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from heads.names import known, nearest
+from heads.model.families import TINY
+from heads.names import nearest
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ ZOO: dict[str, Packaged] = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
-TINY = ("gpt2", "llama", "mistral", "qwen3", "gemma3", "gpt-neox", "bert", "modernbert")
 DEFAULT = "smollm2-135m"
 RECORD = "heads.json"  # written last: a folder that has it is complete
 
@@ -214,34 +214,3 @@ def _fill(aside: Path, name: str, entry: Packaged) -> None:
         "licence": entry.licence,
     }
     (aside / "model" / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def load(name: str = DEFAULT, device: str = "auto", dtype: str = "auto", where: str = "local", seed: int = 0):
-    """A model as an nnsight envoy with the standard names, checked.
-
-    Args:
-        name: a zoo name (`heads.models.ZOO`), `tiny-<family>` (small, random weights from `seed`), a hub
-            id (`owner/name`) or a folder with safetensors.
-        device: "auto" (a GPU if there is one), any torch device, or "spread" (over all GPUs).
-        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), or a torch dtype's name.
-        where: "local", or "remote": traces then run on NDIF, and no weights are loaded here.
-        seed: of the random weights of a `tiny-` model.
-
-    Returns:
-        `heads.anatomy`'s vocabulary on an `nnsight.TransformersModel`, with `.anatomy` and `.record`
-        (name, revision, SHA-256 of the weights, dtype, device).
-
-    Raises:
-        LookupError: for an unknown name, with the nearest one.
-        FetchError: if a zoo model cannot be fetched.
-        ValueError: for an unknown device, dtype or place, or if the model fails the identity checks of
-            `heads.checks`.
-        RuntimeError: for a GPU that is not there, or a remote model without a key.
-    """
-    check_name(name)
-    known("place to run", where, ("local", "remote"))
-    from heads.loading import load_local, load_remote
-
-    if where == "remote":
-        return load_remote(name)
-    return load_local(name, device, dtype, seed)

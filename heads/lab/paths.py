@@ -25,12 +25,11 @@ import nnsight
 import torch
 from tqdm import tqdm
 
-from heads.anatomy import output_projection
-from heads.effects import Effects
+from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
+from heads.model.weights import hooked, output_projection
 from heads.names import known
-from heads.replay import Replay, ReplayError, hooked, swapped
-from heads.sweep import chunks, room
+from heads.scores import Effects
 from heads.tasks.base import Task
 
 COMPONENTS = ("q", "k", "v")

@@ -1,0 +1,1 @@
+"""The course: papers, studies and their records, runs of notebooks."""

@@ -1,0 +1,208 @@
+"""What a head owns in the weights, and where: its rows and columns, the norms around it, the hook at its projection."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from heads.model.families import Family, family_of
+
+
+def row_of(model) -> Family:
+    """The row of a loaded model's family."""
+    return family_of(model.config.get_text_config())
+
+
+def decoder_only(model) -> None:
+    """Refuse an encoder. ValueError says why."""
+    if model.anatomy.encoder:
+        raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
+
+
+@contextmanager
+def hooked(*hooks):
+    """Torch hooks for the length of a `with`: (register, function, keywords) each."""
+    with ExitStack() as stack:
+        for register, function, keywords in hooks:
+            stack.callback(register(function, **keywords).remove)
+        yield
+
+
+# ---------------------------------------------------------------------------------- projections
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether the weight is [in, out], as GPT-2's Conv1D keeps it; one that is being tuned is a subclass."""
+    return any(kind.__name__ == "Conv1D" for kind in type(getattr(module, "base_layer", module)).__mro__)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight that a projection applies, `[in, out]`, an active adapter of peft included."""
+    base = getattr(module, "base_layer", module)
+    weight = base.weight
+    if base is not module and not (module.merged or module.disable_adapters):
+        weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
+    return weight if transposed(module) else weight.T
+
+
+def projection(model, layer) -> nn.Module:
+    """The module of a layer's output projection, whose input is the heads. `layer`: an index, or the layer's envoy."""
+    layer = model.layers[layer] if isinstance(layer, int) else layer
+    return layer.attn._module.get_submodule(row_of(model).proj)
+
+
+def output_projection(model, layer) -> torch.Tensor:
+    """Weight of a layer's output projection, `[n_heads * d_head, d_model]` (rows are head inputs).
+
+    Args:
+        layer: an index, or the layer's envoy.
+    """
+    return weight_of(projection(model, layer))
+
+
+def projection_envoy(model, layer: int):
+    """The envoy of a layer's output projection (its `.output` is the sum over heads, plus bias)."""
+    envoy = model.layers[layer].attn
+    for part in row_of(model).proj.split("."):
+        envoy = envoy.E_output if part == "output" and hasattr(envoy, "E_output") else getattr(envoy, part)
+    return envoy
+
+
+def head_outputs(model, layer: int, z: torch.Tensor) -> torch.Tensor:
+    """What each head writes: `[..., head, d_head]` -> `[..., head, d_model]`, without the bias.
+
+    Their sum over heads plus the projection's bias is the attention's output. In models that
+    normalise after the projection (Gemma 2 and 3) this is before that norm, and a head's share of
+    the residual stream is not additive.
+    """
+    weight = output_projection(model, layer).view(z.shape[-2], z.shape[-1], -1)
+    return torch.einsum("...hd,hdm->...hm", z, weight)
+
+
+def parts(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    """Where a layer keeps its heads: "q", "k", "v", "o" -> (module, features `[head or kv_head, d_head]` of its output;
+    for "o" of its input).
+
+    Raises:
+        ValueError: if the layer is not laid out as its family's row says.
+    """
+    anatomy, row = model.anatomy, row_of(model)
+    attn = model.layers[layer].attn._module
+    caller = attn.get_submodule(row.call) if row.call else attn
+    n, n_kv, d = anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head
+    counts = (n, n_kv, n_kv)
+    if missing := [name for name in row.qkv if not hasattr(caller, name)]:
+        raise ValueError(f"layer {layer} of a {anatomy.family} model has no {missing[0]}: how it keeps queries, keys and "
+                         "values is not known; add a row to heads.model.families.FAMILIES")  # fmt: skip
+    modules = [getattr(caller, name) for name in row.qkv]
+    blocks = torch.arange(sum(counts) * d).view(-1, d).split(counts)
+    if not row.fused:
+        blocks = [torch.arange(m * d).view(m, d) for m in counts]
+    elif row.fused == "heads":
+        blocks = torch.arange(3 * n * d).view(n, 3, d).unbind(1)
+    if sum(weight_of(module).shape[1] for module in modules) != sum(counts) * d:
+        raise ValueError(f"layer {layer} of a {anatomy.family} model: queries, keys and values are not {counts} heads of {d}")
+    found = dict(zip("qkv", zip(modules if len(modules) == 3 else modules * 3, blocks)))
+    return {**found, "o": (attn.get_submodule(row.proj), torch.arange(n * d).view(n, d))}
+
+
+def project(model, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight `[head, d_model, d_head]` and bias `[head, d_head]` of queries, keys or values ("q", "k", "v") in float32;
+    `head` counts key-value heads for keys and values."""
+    module, rows = parts(model, layer)[part]
+    weight, bias = weight_of(module).detach().float(), module.bias
+    rows = rows.to(weight.device)
+    return weight[:, rows].permute(1, 0, 2), None if bias is None else bias.detach().float()[rows]
+
+
+def kv_head(model, head: int) -> int:
+    """The key-value head that a query head reads."""
+    return head * model.anatomy.n_kv_heads // model.anatomy.n_heads
+
+
+# ----------------------------------------------------------------------------------------- norms
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer or RMS norm with its parts told apart, in float32: N(x) = weight * centre(x) / scale(x) + bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    centred: bool
+    eps: float
+
+    def centre(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., d_model]` -> `[..., 1]`, what the norm divides by."""
+        return (self.centre(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.weight * self.centre(x.float()) / self.scale(x)
+        return y if self.bias is None else y + self.bias
+
+    def back(self, u: torch.Tensor) -> torch.Tensor:
+        """The direction before the norm that reads u after it: <N(x), u> = <x, back(u)> / scale(x) + <bias, u>."""
+        return self.centre(self.weight * u.to(self.weight.device))
+
+
+def norm(module: nn.Module) -> Norm:
+    """The parts of a norm. ValueError if the module does something else than they say."""
+    weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
+    eps = next(getattr(module, key) for key in ("eps", "variance_epsilon") if hasattr(module, key))
+    bias = None if bias is None else bias.detach().float()
+    x = torch.linspace(-1, 2, len(weight), device=weight.device).to(module.weight.dtype)[None]
+    with torch.no_grad():
+        theirs = module(x).float()
+        for factor in (weight, 1 + weight):  # Gemma's is one more than what it keeps
+            found = Norm(factor, bias, isinstance(module, nn.LayerNorm), eps)
+            if (theirs - found(x)).abs().max() <= 0.02 * theirs.abs().max():
+                return found
+    raise ValueError(f"{type(module).__name__} is no layer or RMS norm as heads knows them")
+
+
+def input_norm(model, layer: int) -> Norm:
+    """The norm before a layer's attention."""
+    return norm(_below(model, layer, row_of(model).norms[0], "norm before the attention"))
+
+
+def mlp_norm(model, layer: int) -> nn.Module:
+    """The norm before a layer's MLP."""
+    return _below(model, layer, row_of(model).norms[1], "norm before the MLP")
+
+
+def post_norms(model, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms that Gemma 2 and 3 put on what attention and MLP write; (None, None) elsewhere."""
+    names = row_of(model).post_norms
+    return tuple(_below(model, layer, name, "norm") for name in names) if names else (None, None)
+
+
+def _below(model, layer: int, name: str, what: str) -> nn.Module:
+    module = model.layers[layer]._module
+    if not name or not hasattr(module, name):
+        looked = f" (looked for {name})" if name else ""
+        raise ValueError(f"no {what} in {type(module).__name__}{looked}: this architecture is not supported yet")
+    return getattr(module, name)
+
+
+# -------------------------------------------------------------------------------------- unembedding
+
+
+def softcapped(model, logits: torch.Tensor) -> torch.Tensor:
+    """Logits as the model hands them out: squeezed by `tanh` in the models that cap them (Gemma 2)."""
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def unembedding(model, ids: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+    """Unembedding of tokens as directions in the residual stream, `[..., d_model]` float32, final norm's weight folded in
+    and, for a layer, that of the norm which Gemma 2 and 3 put on what its attention writes."""
+    rows = model.unembed._module.weight.detach()
+    found = norm(model.final_norm._module).back(rows[ids.to(rows.device)].float())
+    post = None if layer is None else post_norms(model, layer)[0]
+    return found if post is None else norm(post).back(found)
