@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.model import anatomy, checks
     from heads.model import zoo as models
     from heads.model.load import load
-    from heads.model.prefix import prefill
+    from heads.model.prefix import Prefix, prefill
     from heads.model.weights import head_outputs, output_projection
     from heads.scores import Effects, HeadScores, random_heads
     from heads.tasks.facts import token_f1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import heads
 from heads.model.attention import attention, mix, pattern
-from heads.model.prefix import SharedPrefix
+from heads.model.prefix import Prefix
 
 MODULE = SimpleNamespace(layer_idx=0, is_causal=True, num_key_value_groups=2, training=False)
 
@@ -36,7 +36,7 @@ def test_pattern_times_values_is_sdpa(n, past, kind, seed):
     mask = mask.expand(2, 4, n, n + past) if kind == "per head" else mask
     rows = pattern(MODULE, q, k, mask, scaling=0.3)
     expected, _ = attention(MODULE, q, k, v, mask, scaling=0.3)
-    near(mix(MODULE, rows, v), expected)
+    near(mix(rows, v), expected)
     near(rows.sum(-1), torch.ones(2, 4, n))
     assert (rows[~visible.expand_as(rows)] == 0).all()
 
@@ -47,7 +47,7 @@ def test_without_a_mask_a_causal_module_looks_back_only_and_another_everywhere()
         module = SimpleNamespace(**{**vars(MODULE), "is_causal": causal})
         rows = pattern(module, q, k)
         assert ((rows > 0) == (torch.ones(5, 5).tril() > 0 if causal else torch.ones(5, 5) > 0)).all()
-        near(mix(module, rows, v), attention(module, q, k, v, None)[0])
+        near(mix(rows, v), attention(module, q, k, v, None)[0])
 
 
 def test_a_batch_without_a_mask_is_read_as_its_prompts_alone(decoder):
@@ -65,7 +65,7 @@ def test_a_soft_cap_bounds_the_logits():
     logits = 100 * q @ k.repeat_interleave(2, 1).transpose(-1, -2)
     expected = (torch.tanh(logits / 5) * 5).masked_fill(torch.ones(4, 4).triu(1) > 0, -torch.inf).softmax(-1)
     near(pattern(MODULE, q, k, scaling=100, softcap=5), expected)
-    near(attention(MODULE, q, k, v, None, scaling=100, softcap=5)[0], mix(MODULE, expected, v))
+    near(attention(MODULE, q, k, v, None, scaling=100, softcap=5)[0], mix(expected, v))
 
 
 def test_attention_sinks_are_refused():
@@ -77,8 +77,8 @@ def test_attention_sinks_are_refused():
 
 
 def shared_logits(model, prefix, ids):
-    cache = SharedPrefix(prefix)
-    return logits_of(model, ids, past_key_values=cache, shared_prefix=cache, use_cache=True)
+    cache = prefix.cache()
+    return logits_of(model, ids, past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -86,18 +86,18 @@ def shared_logits(model, prefix, ids):
 def test_a_shared_prefix_equals_running_the_whole_text(decoder, rows, length):
     """Each row of the batch continues one prompt, longer than the sliding windows, in its own way."""
     prompt, ends = ids_of(decoder, length=20), ids_of(decoder, length=length, rows=rows, seed=1)
-    found = shared_logits(decoder, heads.prefill(decoder, prompt), ends)
+    found = shared_logits(decoder, Prefix(decoder, prompt), ends)
     whole = plain_of(decoder)(torch.cat([prompt.expand(rows, -1), ends], dim=1)).logits
     near(found, whole[:, 20:])
 
 
 def test_a_shared_prefix_grows_by_what_each_row_writes(decoder):
     prompt, ends = ids_of(decoder, length=20), ids_of(decoder, length=4, rows=3, seed=1)
-    prefix = heads.prefill(decoder, prompt)
+    prefix = Prefix(decoder, prompt)
     before = [layer.keys.clone() for layer in prefix.layers]
-    cache, found = SharedPrefix(prefix), []
+    cache, found = prefix.cache(), []
     for step in (slice(0, 2), slice(2, 3), slice(3, 4)):
-        found.append(logits_of(decoder, ends[:, step], past_key_values=cache, shared_prefix=cache, use_cache=True))
+        found.append(logits_of(decoder, ends[:, step], past_key_values=cache, use_cache=True))
     near(torch.cat(found, dim=1), plain_of(decoder)(torch.cat([prompt.expand(3, -1), ends], dim=1)).logits[:, 20:])
     assert cache.get_seq_length() == 24
     assert all(torch.equal(layer.keys, kept) for layer, kept in zip(prefix.layers, before, strict=True))
@@ -105,8 +105,8 @@ def test_a_shared_prefix_grows_by_what_each_row_writes(decoder):
 
 def test_a_pattern_over_a_shared_prefix_is_that_of_the_whole_text(decoder):
     prompt, ends = ids_of(decoder, length=20), ids_of(decoder, length=3, rows=2, seed=1)
-    cache = SharedPrefix(heads.prefill(decoder, prompt))
-    with torch.no_grad(), decoder.trace(input_ids=ends, past_key_values=cache, shared_prefix=cache, use_cache=True):
+    cache = Prefix(decoder, prompt).cache()
+    with torch.no_grad(), decoder.trace(input_ids=ends, past_key_values=cache, use_cache=True):
         found = nnsight.save([])
         for layer in decoder.layers:
             found.append(layer.attn.pattern)
@@ -117,14 +117,14 @@ def test_a_pattern_over_a_shared_prefix_is_that_of_the_whole_text(decoder):
 
 @pytest.mark.parametrize("part", ["k", "v"])
 def test_shared_keys_and_values_are_not_handed_out_in_pieces(llama, part):
-    cache = SharedPrefix(heads.prefill(llama, ids_of(llama)))
+    cache = Prefix(llama, ids_of(llama)).cache()
     with pytest.raises(Exception, match="shared and cannot be read one by one"):
-        with llama.trace(input_ids=ids_of(llama, length=1), past_key_values=cache, shared_prefix=cache, use_cache=True):
+        with llama.trace(input_ids=ids_of(llama, length=1), past_key_values=cache, use_cache=True):
             getattr(llama.layers[0].attn, part).save()
 
 
 def test_several_prompts_are_shared_by_several_conditions_each(decoder):
     prompts, ends = ids_of(decoder, length=20, rows=3), ids_of(decoder, length=2, rows=6, seed=1)
-    cache = SharedPrefix(heads.prefill(decoder, prompts))
-    found = logits_of(decoder, ends, past_key_values=cache, shared_prefix=cache, use_cache=True)
+    cache = Prefix(decoder, prompts).cache()
+    found = logits_of(decoder, ends, past_key_values=cache, use_cache=True)
     near(found, plain_of(decoder)(torch.cat([prompts.repeat(2, 1), ends], dim=1)).logits[:, 20:])

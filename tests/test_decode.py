@@ -241,7 +241,7 @@ def test_answers_of_one_condition_end_where_it_stops(llama):
 
 def test_a_prefix_can_serve_several_batches(llama):
     ids, answer = ids_of(llama), ids_of(llama, length=3, seed=3)[0]
-    prefix = prefill(llama, ids[:, :-1])
+    prefix = heads.Prefix(llama, ids[:, :-1])
     for _ in range(2):
         shared = Conditions(llama, ids, SETS, prefix=prefix).score(answer)
         for name, score in Conditions(llama, ids, SETS).score(answer).items():

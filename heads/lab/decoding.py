@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import nnsight
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 from heads.lab.ablation import ablate
 from heads.lab.answers import AnswerScore
-from heads.model.prefix import SharedPrefix, join, prefill
+from heads.model.prefix import Prefix, join, prefill
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ class Conditions:
         kind, values: as in `ablate`.
         phase: "decode", or "both": then nothing can be shared, and every row prefills its own prompt.
         rows: at most so many conditions in one forward (memory).
-        prefix: `prefill(model, ids[:, :-1])`, if several batches of conditions share one prompt.
+        prefix: `heads.Prefix(model, ids[:, :-1])`, if several batches of conditions share one prompt.
 
     Raises:
         ValueError: no conditions, a phase that leaves decoding clean, several prompts, or a prefix of another length.
     """
 
     def __init__(self, model, ids, sets: dict[str, list], kind: str = "uniform", phase: str = "decode", values=None,
-                 rows: int = 32, prefix: DynamicCache | None = None):  # fmt: skip
+                 rows: int = 32, prefix: Prefix | None = None):  # fmt: skip
         if phase == "prefill":
             raise ValueError("phase='prefill' leaves decoding clean: use heads.ablate(...) for one condition at a time")
         if not sets:
@@ -134,27 +134,23 @@ class Conditions:
         chunks = [self.names[i : i + rows] for i in range(0, len(self.names), rows)]
         # an empty set still needs its row, so rows are given as lists
         self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, phase=phase, values=values)) for c in chunks]
-        if prefix is not None and prefix.get_seq_length() != ids.shape[1] - 1:
-            held, needed = prefix.get_seq_length(), ids.shape[1] - 1
-            raise ValueError(f"the prefix holds {held} positions, the prompt needs {needed}: all but its last")
-        self.prefix = (prefix or prefill(model, self.ids[:, :-1])) if phase == "decode" else None
+        if prefix is not None and len(prefix) != ids.shape[1] - 1:
+            raise ValueError(f"the prefix holds {len(prefix)} positions, the prompt needs {ids.shape[1] - 1}: all but its last")
+        self.prefix = prefix or (Prefix(model, self.ids[:, :-1]) if phase == "decode" else None)
 
-    def _start(self, edited, n: int):
-        """A cache to continue from, and what every forward must be told about it."""
-        if self.prefix is None:
-            return {"past_key_values": prefill(edited, self.ids[:, :-1].expand(n, -1))}
-        shared = SharedPrefix(self.prefix)
-        return {"past_key_values": shared, "shared_prefix": shared}
+    def _start(self, edited, n: int) -> Cache:
+        """A cache to continue from."""
+        return self.prefix.cache() if self.prefix else prefill(edited, self.ids[:, :-1].expand(n, -1))
 
     def generate(self, max_new_tokens: int = 50, stop: str | None = "\n") -> dict[str, str]:
         """Greedy answer of each condition, up to `stop` or the end of text."""
         stops, answers = _stops(self.model, stop), {}
         for names, edited in self.chunks:
-            state, last = self._start(edited, len(names)), self.ids[:, -1:].expand(len(names), 1)
+            cache, last = self._start(edited, len(names)), self.ids[:, -1:].expand(len(names), 1)
             written: list[list[int]] = [[] for _ in names]
             live = set(range(len(names)))
             for _ in range(max_new_tokens):
-                with torch.no_grad(), edited.trace(input_ids=last, use_cache=True, **state):
+                with torch.no_grad(), edited.trace(input_ids=last, past_key_values=cache, use_cache=True):
                     logits = edited.logits.save()
                 last = logits[:, -1:].argmax(-1)
                 live = {i for i in live if last[i].item() not in stops}
@@ -171,9 +167,9 @@ class Conditions:
         if not len(answer):
             raise ValueError("the answer has no token: there is nothing to score")
         for names, edited in self.chunks:
-            state = self._start(edited, len(names))
+            cache = self._start(edited, len(names))
             fed = torch.cat([self.ids[0, -1:], answer[:-1]]).expand(len(names), -1)
-            with torch.no_grad(), edited.trace(input_ids=fed, use_cache=True, **state):
+            with torch.no_grad(), edited.trace(input_ids=fed, past_key_values=cache, use_cache=True):
                 logits = edited.logits.save()
             logprobs = logits.float().log_softmax(-1)
             gold = logprobs.gather(-1, answer.expand(len(names), -1)[..., None]).squeeze(-1)

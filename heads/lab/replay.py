@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from transformers.cache_utils import Cache
 
-from heads.model.prefix import SharedPrefix, prefill
+from heads.model.attention import edited
+from heads.model.prefix import Prefix
 from heads.model.weights import hooked, projection, softcapped
 
 
@@ -76,17 +77,14 @@ class Replay:
                 "or for paths take engine='literal'"
             )
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
-        self.prefix = prefill(model, self.ids[:, :start]) if start else None
+        self.prefix = Prefix(model, self.ids[:, :start]) if start else None
         self._run(keep_parts)
         if check:
             self.check()
 
     def cache(self) -> dict:
         """A fresh KV cache to continue from, as keywords for a layer; it serves one pass."""
-        if self.prefix is None:
-            return {}
-        shared = SharedPrefix(self.prefix)
-        return {"past_key_values": shared, "shared_prefix": shared}
+        return {"past_key_values": self.prefix.cache()} if self.prefix else {}
 
     def _run(self, keep_parts: bool) -> None:
         model, hooks = self.model, []
@@ -110,14 +108,14 @@ class Replay:
         # Prompts have one length and no padding, so masks and rotary tables are the same in every row.
         one = lambda x: x[:1] if isinstance(x, torch.Tensor) and x.dim() > 1 else x  # noqa: E731
         one_of = lambda x: tuple(map(one, x)) if isinstance(x, tuple) else one(x)  # noqa: E731
-        keywords = {k: one_of(v) for k, v in kwargs.items() if k not in ("hidden_states", "shared_prefix")}
+        keywords = {k: one_of(v) for k, v in kwargs.items() if k != "hidden_states"}
         self.calls.append((tuple(map(one_of, args[1:])), keywords))
 
     def _keep_heads(self, module, args):
         self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
 
     def layer(
-        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, **more
+        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, edit: Callable | None = None
     ) -> torch.Tensor:
         """One layer on other rows: `[row, position, d_model]` -> the same; from the last layer END alone, which is all
         that is read there: its heads are projected, and its MLP runs, at one position.
@@ -128,15 +126,12 @@ class Replay:
             z: `[row, position, head, d_head]` for the last `len(z)` rows: their heads, instead of what the
                 layer's attention gives.
             call: (arguments, keywords) for the layer, instead of those of the clean run.
-            more: keywords that reach the attention call, such as `edit`.
+            edit: (query, key, value) -> what the attention call uses in their place.
         """
         args, kwargs = call or self.calls[i]
         # Only this pass's cache: the clean run's would grow. Its name differs between architectures.
         args = tuple(cache.get("past_key_values") if isinstance(a, Cache) else a for a in args)
         kwargs = {k: cache.get("past_key_values") if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        if cache:
-            more["shared_prefix"] = cache["shared_prefix"]
-
         def put(module, inputs):
             x = inputs[0].clone()
             x[-len(z) :] = z.flatten(-2)
@@ -148,8 +143,9 @@ class Replay:
             # What they return is added to the residual stream of every position, of which END is right.
             end = lambda module, inputs: (inputs[0][:, -1:], *inputs[1:])  # noqa: E731
             hooks += [(module.register_forward_pre_hook, end, {}) for module in (heads, mlp)]
-        with torch.no_grad(), hooked(*hooks):
-            hidden = _first(self.model.layers[i]._module(hidden, *args, **kwargs, **more))
+        module = self.model.layers[i]
+        with torch.no_grad(), hooked(*hooks), edited(module.attn._module, edit):
+            hidden = _first(module._module(hidden, *args, **kwargs))
         return hidden[:, -1:] if last else hidden
 
     def rows(self, i: int, n: int) -> torch.Tensor:

@@ -63,8 +63,8 @@ class Argument(Located):
         self.name = name
 
     def _read(self, obj, value) -> torch.Tensor:
-        args, kwargs = value
-        if self.which != 1 and kwargs.get("shared_prefix") is not None:
+        args = value[0]
+        if self.which != 1 and hasattr(args[2], "prefix"):
             raise NotImplementedError(
                 "keys and values of a batch of conditions are shared and cannot be read one by one; "
                 "read q, pattern or heads, or run the condition alone with heads.ablate(...)"

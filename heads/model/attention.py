@@ -8,6 +8,8 @@ and a prompt of any length is prefilled without a `[head, position, position]` t
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch.nn.functional import softmax
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,28 +24,16 @@ def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
     return x.reshape(x.shape[0], n_kv, -1, x.shape[-1])
 
 
-def _by_prompt(rows: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """Matrix products of many rows with few shared matrices, one product per prompt instead of one per row.
-
-    `[condition * prompt, kv, a, b]`, `[prompt, kv, b, c]` -> `[condition * prompt, kv, a, c]`: row r belongs to
-    prompt r % n_prompts, and all conditions of a prompt join the a axis.
-    """
-    n, (kv, a, b) = shared.shape[0], rows.shape[1:]
-    joined = rows.view(-1, n, kv, a, b).permute(1, 2, 0, 3, 4).reshape(n, kv, -1, b) @ shared
-    return joined.view(n, kv, -1, a, shared.shape[-1]).permute(2, 0, 1, 3, 4).reshape(-1, kv, a, shared.shape[-1])
-
-
-def pattern(module, query, key, mask=None, scaling=None, softcap=None, shared_prefix=None, is_causal=None, **_):
+def pattern(module, query, key, mask=None, scaling=None, softcap=None, is_causal=None, **_):
     """The attention pattern of one call, as the eager formula gives it.
 
     Args:
         module: the attention module (its `layer_idx` and `is_causal` are read).
         query: `[batch, head, query, d_head]`, after rotary embedding and norms.
-        key: `[batch, kv_head, key, d_head]`.
+        key: `[batch, kv_head, key, d_head]`; marked with what is kept before it, if anything (`heads.model.prefix`).
         mask: boolean (True = visible) or additive `[batch, 1 or head, query, key]`, or None.
         scaling: factor on the logits; `d_head ** -0.5` if None.
         softcap: cap of the logits through `tanh`, if the model has one.
-        shared_prefix: a `SharedPrefix` whose keys stand before `key`.
 
     Returns:
         `[batch, head, query, key]`; rows sum to one. Softmax in float32, then the query's dtype.
@@ -51,9 +41,8 @@ def pattern(module, query, key, mask=None, scaling=None, softcap=None, shared_pr
     n_kv, n_query = key.shape[1], query.shape[2]
     q = _group(query, n_kv)
     logits = q @ key.transpose(-1, -2)
-    if shared_prefix is not None:
-        prefix = shared_prefix.layers[module.layer_idx].prefix_keys  # [prompt, kv, prefix, d_head]
-        logits = torch.cat([_by_prompt(q, prefix.transpose(-1, -2)), logits], dim=-1)
+    if (prefix := getattr(key, "prefix", None)) is not None:
+        logits = torch.cat([prefix.logits(q), logits], dim=-1)
     logits = logits.reshape(query.shape[0], -1, n_query, logits.shape[-1])
     logits = logits * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -62,42 +51,51 @@ def pattern(module, query, key, mask=None, scaling=None, softcap=None, shared_pr
     if mask is None and n_query > 1 and causal:  # SDPA was told so by a flag instead of a mask
         mask = torch.ones(n_query, logits.shape[-1], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
-        mask = mask[..., : logits.shape[-1]]
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
     return softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
 
 
-def mix(module, weights, value, shared_prefix=None):
+def mix(weights, value, prefix=None):
     """Values mixed by a pattern: `[batch, head, query, key]`, `[batch, kv_head, key, d_head]` ->
-    `[batch, query, head, d_head]`."""
-    n_kv, n_query = value.shape[1], weights.shape[2]
-    w = _group(weights, n_kv)
-    if shared_prefix is None:
-        z = w @ value
-    else:
-        prefix = shared_prefix.layers[module.layer_idx].prefix_values
-        n = prefix.shape[2]
-        z = _by_prompt(w[..., :n], prefix) + w[..., n:] @ value
-    return z.reshape(weights.shape[0], -1, n_query, z.shape[-1]).transpose(1, 2)
+    `[batch, query, head, d_head]`. `prefix` mixes what is kept before these values."""
+    w, n = _group(weights, value.shape[1]), weights.shape[-1] - value.shape[2]
+    z = w @ value if prefix is None else prefix.mix(w[..., :n]) + w[..., n:] @ value
+    return z.reshape(weights.shape[0], -1, weights.shape[2], z.shape[-1]).transpose(1, 2)
 
 
-def attention(module, query, key, value, attention_mask, pattern_override=None, shared_prefix=None, edit=None, **kwargs):
+def attention(module, query, key, value, attention_mask, pattern_override=None, **kwargs):
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
-    `layers[i].attn.pattern` becomes. `edit(query, key, value)` returns what to use in their place, for
-    replays outside a trace. Returns (`[batch, query, head, d_head]`, pattern or None).
+    `layers[i].attn.pattern` becomes. Returns (`[batch, query, head, d_head]`, pattern or None).
     """
-    if edit is not None:
+    prefix = getattr(key, "prefix", None)
+    if (edit := module.__dict__.get("_edit")) is not None:
         query, key, value = edit(query, key, value)
+        if prefix is not None:
+            key.prefix = prefix  # a changed copy stands behind the same prefix
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux) are not supported: load a model without them")
     weights = pattern_override
     if weights is None:
-        if shared_prefix is None and kwargs.get("softcap") is None:
+        if prefix is None and kwargs.get("softcap") is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        weights = pattern(module, query, key, attention_mask, shared_prefix=shared_prefix, **kwargs)
-    return mix(module, weights, value, shared_prefix), weights
+        weights = pattern(module, query, key, attention_mask, **kwargs)
+    return mix(weights, value, prefix), weights
+
+
+@contextmanager
+def edited(module: torch.nn.Module, edit):
+    """While it lasts, `edit(query, key, value)` gives what this attention module's calls use in their place.
+
+    For replays outside a trace. It sits on the module and not in the keywords of a layer, which some architectures do
+    not hand on.
+    """
+    module.__dict__["_edit"] = edit
+    try:
+        yield
+    finally:
+        del module.__dict__["_edit"]
 
 
 AttentionInterface.register(NAME, attention)

@@ -1,4 +1,8 @@
-"""What stands before and is kept once: the keys and values of prompts, shared by many rows or joined into one batch."""
+"""What stands before and is kept once: the keys and values of prompts, shared by many rows or joined into one batch.
+
+A cache layer that keeps something once hands the attention call the keys and values of what came after, and marks the
+keys with itself (`keys.prefix`). The call then asks it for its part: the logits of the queries, and the mix of its values.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,44 @@ def prefill(model, ids: torch.Tensor) -> DynamicCache:
     index is its position in every layer.
 
     Args:
-        ids: `[batch, position]`; a batch of one if the cache is to be shared.
+        ids: `[prompt, position]`, prompts of equal length.
     """
     cache = DynamicCache()
-    with torch.no_grad(), model.trace(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1):
+    with torch.no_grad(), model.trace(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1):
         pass
     return cache
 
 
+class Prefix:
+    """Prompts of equal length, read once and kept once, that any number of passes continue.
+
+        prefix = heads.Prefix(lm, ids[:, :-1])                        # [prompt, position]
+        with lm.trace(ids[:, -1:], past_key_values=prefix.cache()):   # as if the whole prompt were run
+            logits = lm.logits.save()
+
+    Row r of a batch continues prompt r modulo their number, so one prompt serves many conditions, and costs memory
+    once, not once a row.
+
+    Args:
+        model: a loaded model; if it is edited, the prompts are read with its edits.
+        ids: `[prompt, position]` token ids.
+    """
+
+    def __init__(self, model, ids: torch.Tensor):
+        self.ids = ids
+        self.layers = prefill(model, ids).layers
+
+    def __len__(self) -> int:
+        """Positions that are kept."""
+        return self.ids.shape[1]
+
+    def cache(self) -> Cache:
+        """A fresh KV cache that continues the prompts: for one pass, or for the steps of one generation."""
+        return Cache(layers=[SharedLayer(layer) for layer in self.layers])
+
+
 class SharedLayer(DynamicLayer):
-    """One layer's keys and values: a prefix held once, and what each row of the batch adds to it."""
+    """One layer's keys and values: prompts held once (`[prompt, kv_head, position, d_head]`), and what each row adds."""
 
     def __init__(self, prefix: DynamicLayer):
         super().__init__()
@@ -31,22 +63,30 @@ class SharedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.prefix_keys.shape[-2] + super().get_seq_length()
 
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        marked = keys.view(keys.shape)  # not what is stored here: a tensor and its owner would keep each other alive
+        marked.prefix = self
+        return marked, values
+
+    def logits(self, queries: torch.Tensor) -> torch.Tensor:
+        """`[row, kv_head, query, d_head]` -> `[row, kv_head, query, prefix position]`, unscaled."""
+        return _by_prompt(queries, self.prefix_keys.transpose(-1, -2))
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """`[row, kv_head, query, prefix position]` -> `[row, kv_head, query, d_head]`."""
+        return _by_prompt(weights, self.prefix_values)
 
 
-class SharedPrefix(Cache):
-    """A KV cache whose prefixes are stored once and read by every row of a batch.
+def _by_prompt(rows: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Matrix products of many rows with few shared matrices, one product per prompt instead of one per row.
 
-    Pass it twice, `model(ids, past_key_values=cache, shared_prefix=cache)`: the first lets
-    transformers count positions, the second lets `attention` find the prefix. Row r of the batch
-    then continues prefix r modulo their number, and a prefix costs memory once, not once a row.
-
-    Args:
-        prefix: a cache of one or several prompts of equal length (`[prompt, kv_head, position, d_head]` in
-            every layer), left as it is.
+    `[condition * prompt, kv, a, b]`, `[prompt, kv, b, c]` -> `[condition * prompt, kv, a, c]`: row r belongs to
+    prompt r % n_prompts, and all conditions of a prompt join the a axis.
     """
-
-    def __init__(self, prefix: Cache):
-        super().__init__(layers=[SharedLayer(layer) for layer in prefix.layers])
+    n, (kv, a, b) = shared.shape[0], rows.shape[1:]
+    joined = rows.view(-1, n, kv, a, b).permute(1, 2, 0, 3, 4).reshape(n, kv, -1, b) @ shared
+    return joined.view(n, kv, -1, a, shared.shape[-1]).permute(2, 0, 1, 3, 4).reshape(-1, kv, a, shared.shape[-1])
 
 
 class JoinedLayer(DynamicLayer):
@@ -83,7 +123,6 @@ class JoinedLayer(DynamicLayer):
     def batch_select_indices(self, indices) -> None:
         self.store = [part[indices] for part in self.store]
         self._show()
-
 
 
 def join(caches: list[DynamicCache], room: int) -> Cache:
