@@ -190,7 +190,7 @@ def test_bad_rows_are_refused(llama, change, error, words):
 @pytest.mark.parametrize("rows, length", [(2, 20), (3, 19)])
 def test_a_batch_that_does_not_fit_is_refused(llama, rows, length):
     edited = force_attention(llama, CHOSEN, torch.eye(20)[[1, 2, 3]])
-    with pytest.raises(Exception, match=f"forced for 3 prompts of 20 tokens, but this batch has {rows} of {length}"):
+    with pytest.raises(Exception, match=f"for 3 rows of 20 tokens, but this batch has {rows} of {length}"):
         logits_of(edited, ids_of(llama, length, rows))
 
 

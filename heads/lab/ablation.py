@@ -12,12 +12,11 @@ from numbers import Integral
 
 import torch
 
-from heads.lab.places import at_positions, head_mask, is_head, named_inputs, token_numbers
+from heads.lab.places import Places, head_mask, is_head
 from heads.lab.readings import reference_values
 from heads.names import known
 
 KINDS = ("zero", "mean", "resample", "uniform")
-PHASES = ("both", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -31,23 +30,8 @@ class Plan:
 
     mask: torch.Tensor
     kind: str
-    phase: str
-    positions: tuple[int, ...] | None
+    places: Places
     values: torch.Tensor | None
-
-    def where(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is ablated of the pass that is called with `inputs`: booleans and `token_numbers`, `[row or 1, position]`."""
-        past, number = inputs.get("past_key_values"), token_numbers(inputs)
-        chosen, positions = number >= 0, self.positions
-        if past is None or not past.get_seq_length():
-            # The last prompt token decides the first answer token: it belongs to decoding.
-            last = at_positions(number, [-1])
-            chosen = chosen & {"both": chosen, "prefill": ~last, "decode": last}[self.phase]
-        else:
-            chosen = chosen & (self.phase != "prefill")
-            # Negative positions count from the end of the prompt, so they mean something in its pass only.
-            positions = positions and [p for p in positions if p >= 0]
-        return chosen if positions is None else chosen & at_positions(number, positions), number
 
     def new(self, layer: int, at: torch.Tensor, number: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """What stands in for `old`, `[row, position, head, d_head]`, where `at`."""
@@ -66,8 +50,7 @@ class Plan:
     def apply(self, model) -> None:
         """Edit the pass that is running. Call inside a trace, once per forward."""
         layers = self.mask.any(0).any(-1).nonzero().flatten().tolist()
-        # Read even if no head is chosen: a step of `tracer.iter` that asks for nothing never ends.
-        at, number = self.where(named_inputs(*model.inputs))
+        at, number, _ = self.places.now(model)
         for i in layers if at.any() else ():
             attn = model.layers[i].attn
             # A query of zeros makes all logits equal: attention is uniform over what is visible.
@@ -81,7 +64,7 @@ class Plan:
 
 
 def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=None, reference=None, values=None,
-           per_position: bool = True, seed: int = 0):  # fmt: skip
+           per_position: bool = True, seed: int = 0, prompt: int | None = None):  # fmt: skip
     """The model with some heads switched off.
 
     Args:
@@ -91,12 +74,13 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
             every visible token (the masking of Wu et al. 2024, which sets the pre-softmax logits to 0).
         phase: "prefill": prompt tokens but the last. "decode": the last prompt token and what is generated,
             as the paper's released code masks. "both".
-        positions: absolute positions in the sequence, or negative ones counted from the end of the prompt;
+        positions: numbers of tokens in the sequence, or negative ones counted from the end of the prompt;
             None means all.
         reference: texts of equal length in tokens, for "mean" and "resample".
         values: instead of a reference, `[layer, head, d_head]` or `[layer, position, head, d_head]`.
         per_position: mean per position (the field's default) or one over all positions.
         seed: which reference prompt "resample" takes.
+        prompt: length of the prompt, for a trace that also holds what follows it; see `heads.lab.places`.
 
     Returns:
         An edited copy; `model` is unchanged.
@@ -106,8 +90,7 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
         needless reference.
     """
     known("kind of ablation", kind, KINDS)
-    known("phase", phase, PHASES)
-    needs = kind in ("mean", "resample")
+    places, needs = Places(phase, positions, prompt=prompt), kind in ("mean", "resample")
     if needs != (reference is not None or values is not None) or (reference is not None and values is not None):
         wants = "needs a reference=[texts] or values=, one of the two" if needs else "takes neither a reference nor values"
         raise ValueError(f"kind={kind!r} {wants}")
@@ -119,7 +102,7 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
     mask = head_mask(model, [heads] if not heads or is_head(heads[0]) else heads)
     if needs and values is None:
         values = reference_values(model, reference, kind, per_position, seed)
-    plan = Plan(mask, kind, phase, None if positions is None else tuple(positions), values)
+    plan = Plan(mask, kind, places, values)
     with model.edit() as (tracer, edited):
         for _ in tracer.iter[:]:
             plan.apply(edited)
@@ -139,7 +122,7 @@ def force_attention(model, heads, weights: torch.Tensor, position: int | torch.T
     Args:
         heads: (layer, head) pairs.
         weights: `[prompt, key]`, one row for each row of the batch that will be run, or `[1, key]` for all.
-        position: of the query, one for all prompts or `[prompt]`; negative ones count from the end.
+        position: column of the query, one for all prompts or `[prompt]`; negative ones count from the end.
 
     Returns:
         An edited copy; `model` is unchanged.
@@ -149,41 +132,29 @@ def force_attention(model, heads, weights: torch.Tensor, position: int | torch.T
             a batch or a length that does not fit.
         IndexError: a head or position that does not exist.
     """
-    chosen = model.anatomy.check(heads)
+    mask = head_mask(model, [heads])[0]  # [layer, head]
     weights, at = _checked_rows(weights, position, causal=not model.anatomy.encoder)
-    by_layer = {layer: [h for i, h in chosen if i == layer] for layer in sorted({i for i, _ in chosen})}
-    group = model.anatomy.n_heads // model.anatomy.n_kv_heads
+    places = Places(positions=at, decode=False)
     with model.edit() as (tracer, edited):
         for _ in tracer.iter[:]:
-            _force(edited, by_layer, weights, at, group)
+            _force(edited, mask, weights, places)
     return edited
 
 
-
-def _force(model, by_layer: dict[int, list[int]], weights: torch.Tensor, at: torch.Tensor, group: int) -> None:
+def _force(model, mask: torch.Tensor, weights: torch.Tensor, places: Places) -> None:
     """Edit the pass that is running. Call inside a trace, once per forward."""
-    # Read even if there is nothing to do: a step of `tracer.iter` that asks for nothing never ends.
-    past = model.inputs[1].get("past_key_values")
-    if past is not None and past.get_seq_length():
-        return
-    for layer, chosen in by_layer.items():
+    at = places.now(model).at[:, :, None, None]
+    group = model.anatomy.n_heads // model.anatomy.n_kv_heads
+    for layer in mask.any(1).nonzero().flatten().tolist() if at.any() else ():
         attn = model.layers[layer].attn
-        v = attn.v  # [batch, key, kv_head, d_head]
-        if len(weights) not in (1, len(v)) or weights.shape[1] != v.shape[1]:
-            raise ValueError(
-                f"attention is forced for {len(weights)} prompts of {weights.shape[1]} tokens, but this batch has "
-                f"{len(v)} of {v.shape[1]}: run the whole task as one batch, or force each batch on its own"
-            )
-        read = v[:, :, [h // group for h in chosen]]
-        mixed = torch.einsum("bk,bkhd->bhd", weights.to(read).expand(len(v), -1), read)
-        z, rows = attn.heads.clone(), torch.arange(len(v), device=v.device)[:, None]
-        z[rows, at.to(v.device).expand(len(v))[:, None], torch.tensor(chosen, device=v.device)] = mixed
-        attn.heads = z  # not in place: backward may need what was there
-
+        v = attn.v[:, : weights.shape[1]].repeat_interleave(group, 2)  # [batch, key, head, d_head]
+        w = weights[:, : v.shape[1]].to(v).expand(len(v), -1)  # a pass that reads a part of the prompt sees its keys alone
+        mixed, z = torch.einsum("bk,bkhd->bhd", w, v)[:, None], attn.heads
+        attn.heads = torch.where((at & mask[layer][:, None]).to(z.device), mixed, z)  # not in place: for backward
 
 
 def _checked_rows(weights, position, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights as float32 `[row, key]`, positions as `[1 or row]`, not negative."""
+    """Weights as float32 `[row, key]`, and booleans alike that say where the query is."""
     weights = torch.as_tensor(weights).float().cpu()
     if weights.dim() != 2 or not weights.numel():
         raise ValueError(f"weights are [prompt, key], got {tuple(weights.shape)}")
@@ -205,4 +176,4 @@ def _checked_rows(weights, position, causal: bool) -> tuple[torch.Tensor, torch.
         row = int((weights * behind > 0).any(1).nonzero()[0])
         query = int(at[min(row, len(at) - 1)])
         raise ValueError(f"row {row} looks into the future: it gives weight to keys behind position {query}")
-    return weights, at
+    return weights, (torch.arange(length) == at[:, None]).expand(len(weights), -1)

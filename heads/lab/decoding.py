@@ -133,7 +133,8 @@ class Conditions:
         self.model, self.ids, self.names, self.phase = model, ids.to(model.device), list(sets), phase
         chunks = [self.names[i : i + rows] for i in range(0, len(self.names), rows)]
         # an empty set still needs its row, so rows are given as lists
-        self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, phase=phase, values=values)) for c in chunks]
+        options = {"phase": phase, "values": values, "prompt": ids.shape[1]}
+        self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, **options)) for c in chunks]
         if prefix is not None and len(prefix) != ids.shape[1] - 1:
             raise ValueError(f"the prefix holds {len(prefix)} positions, the prompt needs {ids.shape[1] - 1}: all but its last")
         self.prefix = prefix or (Prefix(model, self.ids[:, :-1]) if phase == "decode" else None)

@@ -14,14 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from heads.lab.places import at_positions, named_inputs, token_numbers
-from heads.model.weights import projection
+from heads.lab.places import Places, head_mask, named_inputs, whole
+from heads.model.weights import hooked, projection
 from heads.names import known
 
 HOW = ("add", "scale", "mix", "replace")
@@ -44,72 +46,51 @@ class Steering:
             function without arguments that returns one and is called in every forward pass.
         gates: a number, `[layer, head]`, or `[len(heads)]` with `heads`; or a function.
         heads: (layer, head) pairs that are steered; all if None. The others are never touched.
-        positions: where in the prompt: None (everywhere), a list of positions, or booleans `[row, position]`. They
-            count real tokens, with padding on either side: 0 is a row's first, -1 its last. The prompt is what the
-            first forward pass of a trace or of `generate` is given.
-        decode: which of the tokens that are fed back while generating: True (all), False (none), or a list of
-            their numbers, the first one being 1.
+        positions, decode: which tokens of the prompt, and which generated ones (all, none, or those of these
+            numbers); see `heads.lab.places.Places`.
 
     Raises:
         ValueError: a vector of another model or width, a gate outside its range, values that are not finite.
-        IndexError: a head that does not exist.
+        LookupError: an unknown `how`. IndexError: a head that does not exist.
     """
 
     def __init__(self, model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None,
                  decode=True):  # fmt: skip
-        known("way to steer", how, HOW)
-        self.model, self.vectors, self.gates, self.how = model, vectors, gates, how
-        anatomy = model.anatomy
-        self.heads = None if heads is None else [(int(layer), int(head)) for layer, head in heads]
-        if self.heads is not None and len(anatomy.check(self.heads)) != len(self.heads):
+        self.model, self.vectors, self.gates, self.how = model, vectors, gates, known("way to steer", how, HOW)
+        self.places = Places(positions=positions, decode=decode)
+        self.heads = None if heads is None else [whole(head, "a layer or head") for head in heads]
+        if self.heads is not None and len(model.anatomy.check(self.heads)) != len(self.heads):
             raise ValueError("a head is listed twice: its vector would be ambiguous")
-        given = positions is None or isinstance(positions, torch.Tensor)
-        self.positions = positions if given else [int(p) for p in positions]
-        self.decode = decode if isinstance(decode, bool) else sorted({int(n) for n in decode})
-        everywhere = torch.ones(anatomy.n_layers, anatomy.n_heads, dtype=torch.bool)
-        self._mask = everywhere if self.heads is None else torch.zeros_like(everywhere)
-        for head in self.heads or []:
-            self._mask[head] = True
-        self.layers = self._mask.any(1).nonzero().flatten().tolist()
+        every = np.ndindex(model.anatomy.n_layers, model.anatomy.n_heads)
+        self.mask = head_mask(model, [every if self.heads is None else self.heads])[0]  # [layer, head]
         self.tables()  # refuses what does not fit, before anything runs
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors `[layer, head, d_head]` and gates `[layer, head, 1]` as they are now, checked."""
         anatomy, n = self.model.anatomy, len(self.heads or [])
         vectors, gates = (torch.as_tensor(x() if callable(x) else x) for x in (self.vectors, self.gates))
-        gates = gates.to(vectors.device)
-        whole, table = (anatomy.n_layers, anatomy.n_heads, anatomy.d_head), (anatomy.n_layers, anatomy.n_heads)
-        if vectors.shape not in ((whole,) if self.heads is None else (whole, (n, anatomy.d_head))):
+        full, table = (anatomy.n_layers, anatomy.n_heads, anatomy.d_head), (anatomy.n_layers, anatomy.n_heads)
+        if vectors.shape not in ((full,) if self.heads is None else (full, (n, anatomy.d_head))):
             listed = f" or [{n}, {anatomy.d_head}] for the listed heads" if self.heads is not None else ""
             raise ValueError(
-                f"the vectors are {list(vectors.shape)}, this model ({self.model.record['name']}) has {list(whole)} "
+                f"the vectors are {list(vectors.shape)}, this model ({self.model.record['name']}) has {list(full)} "
                 f"[layer, head, d_head]{listed}: they belong to another model"
             )
         if gates.shape not in (((), table) if self.heads is None else ((), table, (n,))):
             raise ValueError(f"the gates are {list(gates.shape)}, expected a number or {list(table)} [layer, head]")
-        self._check(vectors.detach(), gates.detach())
+        _in_range(self.how, vectors.detach(), gates.detach())
         if vectors.dim() == 2:
-            vectors = self._spread(vectors, whole)
+            vectors = self._spread(vectors, full)
         if gates.dim() == 1:
             gates = self._spread(gates, table)
-        return vectors, gates.expand(table)[..., None]
+        return vectors, gates.to(vectors.device).expand(table)[..., None]
 
     def _spread(self, values: torch.Tensor, shape) -> torch.Tensor:
         index = tuple(torch.tensor(part, dtype=torch.long, device=values.device) for part in zip(*self.heads))
         return values.new_zeros(shape).index_put(index, values) if self.heads else values.new_zeros(shape)
 
-    def _check(self, vectors, gates) -> None:
-        for what, values in (("vectors", vectors), ("gates", gates)):
-            if not values.isfinite().all():
-                raise ValueError(f"{int((~values.isfinite()).sum())} of the {what}' numbers are not finite")
-        low, high = (gates.min().item(), gates.max().item()) if gates.numel() else (0, 0)
-        if self.how == "mix" and not 0 <= low <= high <= 1:
-            raise ValueError(f"how='mix' takes gates from 0 to 1, got {low:.4g} to {high:.4g}: pass them through a sigmoid")
-        if self.how == "replace" and not ((gates == 0) | (gates == 1)).all():
-            raise ValueError(f"how='replace' takes gates of 0 or 1, got {low:.4g} to {high:.4g}: use how='mix'")
-
-    def change(self, z: torch.Tensor, layer: int, tables, at: torch.Tensor | None) -> torch.Tensor:
-        """The steered z, `[row, position, head, d_head]`; `at` is `[row or 1, position]`, None for everywhere."""
+    def change(self, z: torch.Tensor, layer: int, tables, at: torch.Tensor) -> torch.Tensor:
+        """The steered z, `[row, position, head, d_head]`; `at` is `[row or 1, position]`."""
         vector, gate = (table[layer].to(z.device) for table in tables)
         x = z.to(torch.promote_types(z.dtype, vector.dtype))
         if self.how == "add":
@@ -120,48 +101,23 @@ class Steering:
             new = (1 - gate) * x + gate * vector
         else:
             new = torch.where(gate > 0.5, vector, x)
-        chosen = self._mask[layer][:, None]
-        if at is not None:
-            chosen = chosen & at.cpu()[:, :, None, None]
+        chosen = self.mask[layer][:, None] & at[:, :, None, None]
         return new.to(z.dtype) if chosen.all() else torch.where(chosen.to(z.device), new.to(z.dtype), z)
-
-    def where(self, step: int, inputs: dict) -> torch.Tensor | None:
-        """Which positions of a forward pass are steered: `[row or 1, position]` booleans, None for all of them.
-
-        Args:
-            step: 0 for the first pass of a run, which reads the prompt; then 1, 2, ...
-            inputs: what the model is called with.
-        """
-        ids = inputs.get("input_ids")
-        rows, length = (ids if ids is not None else inputs["inputs_embeds"]).shape[:2]
-        if step:
-            on = self.decode if isinstance(self.decode, bool) else step in self.decode
-            return torch.full((1, length), on)
-        if self.positions is None:
-            return None
-        if isinstance(self.positions, torch.Tensor):
-            if self.positions.shape != (rows, length):
-                raise ValueError(f"positions are {list(self.positions.shape)}, the prompt {[rows, length]} [row, position]")
-            return self.positions.bool()
-        return at_positions(token_numbers(inputs), self.positions)
 
     @property
     def edited(self):
         """The steered model; the model itself is unchanged, and edits stack."""
         steering = self
         with self.model.edit() as (tracer, edited):
-            for step in tracer.iter[:]:
-                steering.apply(edited, step)
+            for _ in tracer.iter[:]:
+                steering.apply(edited)
         return edited
 
-    def apply(self, model, step: int) -> None:
+    def apply(self, model) -> None:
         """Steer the pass that is running. Call inside a trace, once per forward."""
-        args, kwargs = model.inputs  # read even if nothing is steered: an iterated step that asks for nothing never ends
-        at = self.where(step, named_inputs(args, kwargs))
-        if at is not None and not at.any():
-            return
-        tables = self.tables()
-        for i in self.layers:
+        at = self.places.now(model).at
+        tables = self.tables() if at.any() else None
+        for i in self.mask.any(1).nonzero().flatten().tolist() if at.any() else ():
             attn = model.layers[i].attn
             attn.heads = self.change(attn.heads, i, tables, at)
 
@@ -169,31 +125,25 @@ class Steering:
     def hooks(self) -> Iterator[None]:
         """The same by plain torch hooks on the loaded module, for as long as the `with` block lasts: for training.
 
-        Every forward counts as a first pass. Backward belongs into the block, too: with `heads.lab.training.checkpointing`
-        layers are run once more there, and have to be steered once more.
+        Every forward counts as a trace of its own. Backward belongs into the block, too: with
+        `heads.lab.training.checkpointing` layers are run once more there, and have to be steered once more.
         """
         if self.model._edits:
             raise ValueError("hooks act on the loaded module, where the edits of this model are not: use `edited`")
-        module, now = self.model._module, {}
+        now = {}
 
         def start(_, args, kwargs):
-            now["at"], now["tables"] = self.where(0, named_inputs(args, kwargs)), self.tables()
+            now["at"], now["tables"] = self.places.of(named_inputs(args, kwargs)).at, self.tables()
 
-        def edit(layer):
-            def hook(_, args):
-                z = args[0].unflatten(-1, (self.model.anatomy.n_heads, -1))
-                return (self.change(z, layer, now["tables"], now["at"]).flatten(-2), *args[1:])
+        def edit(layer, _, args):
+            z = args[0].unflatten(-1, (self.model.anatomy.n_heads, -1))
+            return (self.change(z, layer, now["tables"], now["at"]).flatten(-2), *args[1:])
 
-            return hook
-
-        handles = [module.register_forward_pre_hook(start, with_kwargs=True)]
-        for i in self.layers:
-            handles.append(projection(self.model, i).register_forward_pre_hook(edit(i)))
-        try:
+        hooks = [(self.model._module.register_forward_pre_hook, start, {"with_kwargs": True})]
+        for i in self.mask.any(1).nonzero().flatten().tolist():
+            hooks.append((projection(self.model, i).register_forward_pre_hook, partial(edit, i), {}))
+        with hooked(*hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def save(self, path, recipe: dict | None = None) -> Path:
         """Write vectors and gates as safetensors, with the model they were learnt on and how.
@@ -201,51 +151,41 @@ class Steering:
         Args:
             recipe: how they were made (data, steps, seed, ...), anything that JSON can hold.
         """
-        if isinstance(self.positions, torch.Tensor):
+        if isinstance(self.places.positions, torch.Tensor):
             raise ValueError("positions [row, position] belong to one batch and cannot be saved: give a list of positions")
         vectors, gates = (table.detach().cpu().float().contiguous() for table in self.tables())
         about = {
             "format": FORMAT, "model": _identity(self.model), "how": self.how, "heads": self.heads,
-            "positions": self.positions, "decode": self.decode, "recipe": recipe or {},
+            "positions": self.places.positions, "decode": self.places.decode, "recipe": recipe or {},
         }  # fmt: skip
-        path = Path(path)
         save_file({"vectors": vectors, "gates": gates.squeeze(-1).clone()}, path, {"heads": json.dumps(about)})
-        return path
+        return Path(path)
 
-    @classmethod
-    def load(cls, path, model) -> Steering:
+    @staticmethod
+    def load(path, model) -> Steering:
         """A saved steering for the model it was learnt on; `recipe` is what was said of it.
 
         Raises:
             ValueError: if the file is no steering, or was learnt on another model; the message names both.
         """
-        tensors, about = _read(path)
-        saved, here = about["model"], _identity(model)
-        # the weights decide, whatever the model is called here; without their digest, name and revision do
-        same = ("sha256",) if saved["sha256"] and here["sha256"] else ("name", "revision")
-        wrong = [key for key in (*same, "family", "layers", "heads", "d_head") if saved[key] != here[key]]
-        if wrong:
-            raise ValueError(
-                f"{Path(path).name} was learnt on {saved['name']} and does not fit {here['name']}: they differ in "
-                + ", ".join(f"{key} ({saved[key]} there, {here[key]} here)" for key in wrong)
-            )
-        vectors, gates = (tensors[key].to(model.device) for key in ("vectors", "gates"))
-        where = {key: about[key] for key in ("heads", "positions", "decode")}
-        found = cls(model, vectors, gates, about["how"], **where)
-        found.recipe = about["recipe"]
-        return found
+        return _loaded(path, model)
 
     def __repr__(self) -> str:
-        count = "all heads" if self.heads is None else f"{len(self.heads)} heads"
-        where = "everywhere" if self.positions is None else f"at positions {self.positions}"
-        if isinstance(self.positions, torch.Tensor):
-            where = "at given positions"
-        return f"Steering({self.how}, {count} of {self.model.record['name']}, {where}, decode={self.decode})"
+        count, at = "all heads" if self.heads is None else f"{len(self.heads)} heads", self.places.positions
+        where = "everywhere" if at is None else "at given positions" if isinstance(at, torch.Tensor) else f"at positions {list(at)}"
+        return f"Steering({self.how}, {count} of {self.model.record['name']}, {where}, decode={self.places.decode})"
 
 
-def steered(model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None, decode=True):
-    """The model with its heads steered: `Steering(...).edited`. See `Steering` for the arguments."""
-    return Steering(model, vectors, gates, how, heads=heads, positions=positions, decode=decode).edited
+def _in_range(how: str, vectors: torch.Tensor, gates: torch.Tensor) -> None:
+    """Refuse values that are not finite, and gates that `how` cannot take."""
+    for what, values in (("vectors", vectors), ("gates", gates)):
+        if not values.isfinite().all():
+            raise ValueError(f"{int((~values.isfinite()).sum())} of the {what}' numbers are not finite")
+    low, high = (gates.min().item(), gates.max().item()) if gates.numel() else (0, 0)
+    if how == "mix" and not 0 <= low <= high <= 1:
+        raise ValueError(f"how='mix' takes gates from 0 to 1, got {low:.4g} to {high:.4g}: pass them through a sigmoid")
+    if how == "replace" and not ((gates == 0) | (gates == 1)).all():
+        raise ValueError(f"how='replace' takes gates of 0 or 1, got {low:.4g} to {high:.4g}: use how='mix'")
 
 
 def _identity(model) -> dict:
@@ -253,6 +193,23 @@ def _identity(model) -> dict:
     anatomy, record = model.anatomy, model.record
     named = {key: record.get(key) for key in ("name", "revision", "sha256")}
     return named | {"family": anatomy.family, "layers": anatomy.n_layers, "heads": anatomy.n_heads, "d_head": anatomy.d_head}
+
+
+def _loaded(path, model) -> Steering:
+    """What `Steering.load` returns."""
+    tensors, about = _read(path)
+    saved, here = about["model"], _identity(model)
+    # the weights decide, whatever the model is called here; without their digest, name and revision do
+    same = ("sha256",) if saved["sha256"] and here["sha256"] else ("name", "revision")
+    if wrong := [key for key in (*same, "family", "layers", "heads", "d_head") if saved[key] != here[key]]:
+        raise ValueError(
+            f"{Path(path).name} was learnt on {saved['name']} and does not fit {here['name']}: they differ in "
+            + ", ".join(f"{key} ({saved[key]} there, {here[key]} here)" for key in wrong)
+        )
+    vectors, gates = (tensors[key].to(model.device) for key in ("vectors", "gates"))
+    found = Steering(model, vectors, gates, about["how"], **{key: about[key] for key in ("heads", "positions", "decode")})
+    found.recipe = about["recipe"]
+    return found
 
 
 def _read(path) -> tuple[dict, dict]:

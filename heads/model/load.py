@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -40,13 +41,27 @@ class Model(TransformersModel):
         raw.logits = value
         return raw
 
-    def interleave(self, *args, **kwargs):
+    def interleave(self, fn, *args, **kwargs):
+        """nnsight's driver of every run; meanwhile, what the run was given stands on the module, for `heads.lab.places`."""
+
+        @wraps(fn)
+        def run(*inputs, **named):
+            given, generates = {**({"input_ids": inputs[0]} if inputs else {}), **named}, fn.__name__ == "generate"
+            ids, padding = given.get("input_ids"), getattr(self.tokenizer, "pad_token_id", None)
+            if generates and given.get("attention_mask") is None and ids is not None and padding is not None:
+                given["attention_mask"] = ids.ne(padding)  # as `generate` itself takes it
+            self._module.__dict__["_run"] = {"given": given, "generates": generates}
+            try:
+                return fn(*inputs, **named)
+            finally:
+                del self._module.__dict__["_run"]
+
         # An edit holds for every forward of a run, so it always waits for one more when the run ends, and
         # nnsight warns about that. Quiet only where a stored edit is what waits.
         with warnings.catch_warnings():
             if self._edits:
                 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
-            return super().interleave(*args, **kwargs)
+            return super().interleave(run, *args, **kwargs)
 
     def ids(self, text) -> torch.Tensor:
         """Token ids of a text `[1, position]`, with the tokenizer's own special tokens."""
