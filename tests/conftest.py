@@ -77,6 +77,11 @@ class Plain:
         with torch.no_grad():
             return self.module(input_ids=ids, **kwargs)
 
+    def capped(self, logits, which: str = "final") -> torch.Tensor:
+        """What a model that caps its "final" or its "attn" logits makes of them (Gemma 2); other models leave them."""
+        cap = getattr(self.module.config, f"{which}_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
     def slices(self, layer: int) -> torch.Tensor:
         """Weight of a projection, `[head, d_head, d_model]` (a view)."""
         module = self.projections[layer]

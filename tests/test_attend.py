@@ -63,7 +63,7 @@ def test_roles_may_be_given(llama):
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
-        (dict(query="verb"), LookupError, "no role 'verb'.*subject, object, late, END"),
+        (dict(query="verb"), LookupError, "no role of random 'verb'. Known: subject, object, late, END"),
         (dict(roles={"first": torch.zeros(4)}), ValueError, "'first' needs one position below 20 for each of 5"),
         (dict(roles={"far": torch.full((5,), 20)}), ValueError, "'far' needs one position"),
         (dict(roles={"rest": torch.zeros(5)}), ValueError, "another name"),
@@ -84,7 +84,7 @@ def forced_by_hand(plain, ids, chosen, weights, at):
     def attention(module, query, key, value, mask, scaling=None, **kwargs):
         group = query.shape[1] // key.shape[1]
         logits = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-        rows = (logits + (0 if mask is None else mask)).softmax(-1)
+        rows = (plain.capped(logits, "attn") + (0 if mask is None else mask)).softmax(-1)
         for layer, head in chosen:
             if layer == module.layer_idx:
                 rows[prompts, head, at] = weights

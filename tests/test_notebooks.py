@@ -241,7 +241,7 @@ def test_a_broken_copy_is_found(healthy, words):
 
 @pytest.mark.parametrize(
     "presets, words",
-    [("smoke: {size: 1}", "has no preset 'paper'"), ("smoke: {sise: 1}\npaper: {}", "'sise'"),
+    [("smoke: {size: 1}", "no preset of toy-paper 'paper'. Known: smoke"), ("smoke: {sise: 1}\npaper: {}", "'sise'"),
      ("smoke: {size: x}\npaper: {}", "is a int")],
 )
 def test_a_broken_preset_is_found(healthy, tree, presets, words):  # noqa: F811

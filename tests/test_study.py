@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 from test_papers import DEFAULTS, tree  # noqa: F401 (a fixture)
 
-from heads.course import record
+import heads
+from heads.course import papers, record
 from heads.course.study import Study, plain
 
 
@@ -116,7 +118,7 @@ def test_a_claim_that_does_not_hold_needs_a_reason(study):
 
 
 def test_an_unknown_claim_lists_the_known(study):
-    with pytest.raises(LookupError, match="no claim 'C3'. It has: C1, C2"):
+    with pytest.raises(LookupError, match="no claim of toy-paper 'C3'. Known: C1, C2"):
         study.claim("C3", measured=1, holds=True)
 
 
@@ -210,7 +212,7 @@ def test_the_record_is_complete(study, tree):  # noqa: F811
     result = published(tree)
     assert list(result) == [
         "paper", "arxiv", "preset", "parameters", "seed", "model", "versions", "hardware", "seconds",
-        "peak_memory_bytes", "code_sha256", "claims", "scores", "figures",
+        "peak_memory_bytes", "code", "claims", "scores", "figures",
     ]  # fmt: skip
     assert result["parameters"] == DEFAULTS and result["arxiv"] == "2401.00001"
     assert {"name": "toy", "revision": "1", "sha256": "00"}.items() <= result["model"].items()
@@ -219,7 +221,8 @@ def test_the_record_is_complete(study, tree):  # noqa: F811
     [figure] = result["figures"]
     assert figure["caption"] == "A caption." and figure["files"] == ["1-a.png", "1-a.svg", "1-a.csv"]
     assert result["versions"]["torch"] == torch.__version__ and result["seconds"] >= 0
-    assert result["peak_memory_bytes"] > 2**20 and len(result["code_sha256"]) == 64
+    assert result["peak_memory_bytes"] > 2**20 and list(result["code"]) == ["sha256", "modules", "data"]
+    assert len(result["code"]["sha256"]) == 64 and "course/study.py" in result["code"]["modules"]
 
 
 def test_the_record_names_no_host_user_or_path(study, tree):  # noqa: F811
@@ -228,20 +231,109 @@ def test_the_record_names_no_host_user_or_path(study, tree):  # noqa: F811
     assert str(tree) not in text and os.uname().nodename not in text and os.path.expanduser("~") not in text
 
 
-def test_the_code_digest_follows_code_not_outputs(tree):  # noqa: F811
-    def digest():
-        conclude(Study("toy-paper", **DEFAULTS))
-        return published(tree)["code_sha256"]
+MODULES, DATA = ["lab/ablation.py", "lab/training.py", "names.py"], ["words.jsonl"]
 
-    path = tree / "notebooks" / "11_toy_paper.ipynb"
-    first, book = digest(), json.loads(path.read_text())
-    book["cells"][0]["source"] = "# Other prose"
-    book["cells"][1]["execution_count"] = 7
+
+@pytest.fixture
+def digest(tree, tmp_path, monkeypatch):  # noqa: F811
+    """The digest of the toy paper, over a copy of the package that a test may change."""
+    copy = tmp_path / "package"
+    shutil.copytree(Path(record.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(record, "__file__", str(copy / "course" / "record.py"))
+    (tree / "data" / "words.jsonl").write_text("one")
+    return lambda: record.digest("toy-paper", MODULES, DATA)
+
+
+def rewritten(path, change):
+    """Change a notebook's cells in place."""
+    book = json.loads(path.read_text())
+    change(book["cells"])
     path.write_text(json.dumps(book))
-    assert digest() == first
-    book["cells"][-1]["source"] = "print(1)"
-    path.write_text(json.dumps(book))
-    assert digest() != first
+
+
+def longer(path):
+    path.write_text(path.read_text() + "# new")
+
+
+def follow(what, tree, monkeypatch):  # noqa: F811
+    """Change one thing of the toy paper, of the package's copy or of the façade."""
+    book, copy = tree / "notebooks" / "11_toy_paper.ipynb", tree / "package"
+    catalogue = tree / "data" / "papers.yaml"
+    {
+        "a code cell": lambda: rewritten(book, lambda cells: cells[-1].update(source="print(1)")),
+        "the parameters": lambda: rewritten(book, lambda cells: cells[1].update(source="seed = 1  # other")),
+        "the paper's claims": lambda: catalogue.write_text(catalogue.read_text().replace("> 0.1", "> 0.2")),
+        "a module that was imported": lambda: longer(copy / "lab" / "ablation.py"),
+        "a module that is gone": lambda: (copy / "names.py").unlink(),
+        "data that was read": lambda: (tree / "data" / "words.jsonl").write_text("two"),
+        "a row that leads elsewhere now": lambda: monkeypatch.setitem(heads.HOMES, "ablate", ("heads.lab.new", "ablate")),
+        "a module's row that leads elsewhere now": lambda: monkeypatch.setitem(heads.HOMES, "train", ("heads.lab", "new")),
+        "prose": lambda: rewritten(book, lambda cells: cells[0].update(source="# Other prose")),
+        "a new cell of prose": lambda: rewritten(book, lambda cells: cells.insert(1, dict(cells[0]))),
+        "outputs": lambda: rewritten(book, lambda cells: cells[-1].update(outputs=["x"], execution_count=7)),
+        "a module that was not imported": lambda: longer(copy / "lab" / "paths.py"),
+        "a new module": lambda: (copy / "lab" / "new.py").write_text("x = 1"),
+        "data that was not read": lambda: (tree / "data" / "more.jsonl").write_text("x"),
+        "a new row to another module": lambda: monkeypatch.setitem(heads.HOMES, "new", ("heads.lab.new", "new")),
+    }[what]()
+
+
+@pytest.mark.parametrize("what", [
+    "a code cell", "the parameters", "the paper's claims", "a module that was imported", "a module that is gone",
+    "data that was read", "a row that leads elsewhere now", "a module's row that leads elsewhere now",
+])  # fmt: skip
+def test_the_digest_follows_what_a_result_rests_on(digest, tree, monkeypatch, what):  # noqa: F811
+    papers._read.cache_clear(), papers._papers.cache_clear()
+    before = digest()
+    assert before == digest() and len(before) == 64
+    follow(what, tree, monkeypatch)
+    papers._read.cache_clear(), papers._papers.cache_clear()
+    assert digest() != before
+
+
+@pytest.mark.parametrize("what", [
+    "prose", "a new cell of prose", "outputs", "a module that was not imported", "a new module", "data that was not read",
+    "a new row to another module",
+])  # fmt: skip
+def test_the_digest_follows_nothing_else(digest, tree, monkeypatch, what):  # noqa: F811
+    before = digest()
+    follow(what, tree, monkeypatch)
+    assert digest() == before
+
+
+def test_a_result_names_the_modules_and_the_data_that_its_process_used(tree):  # noqa: F811
+    """In a fresh process: the façade alone brings nothing, a name that was used brings its module."""
+    (tree / "data" / "words.jsonl").write_text("one")
+    code = """if True:
+        import json
+        import heads
+        from heads import names
+        from heads.course import record
+        heads.models
+        names.data("words.jsonl")
+        print(json.dumps(record.code("toy-paper")))"""
+    used = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert used["modules"] == ["course/papers.py", "course/record.py", "model/families.py", "model/zoo.py", "names.py"]
+    assert used["data"] == ["words.jsonl"]
+    assert used["sha256"] == record.digest("toy-paper", used["modules"], used["data"])
+
+
+def test_a_result_is_current_until_its_code_changes(study, tree):  # noqa: F811
+    assert not record.current("toy-paper"), "there is none yet"
+    conclude(study)
+    assert record.current("toy-paper") and record.current("toy-paper", tree / "figures" / "toy-paper")
+    assert not record.current("toy-paper", tree / "nowhere") and not record.current("far-paper")
+    book = tree / "notebooks" / "11_toy_paper.ipynb"
+    rewritten(book, lambda cells: cells[0].update(source="# Other prose"))
+    assert record.current("toy-paper")
+    rewritten(book, lambda cells: cells[-1].update(source="print(1)"))
+    assert not record.current("toy-paper")
+    conclude(study)
+    assert record.current("toy-paper")
+    result = tree / "figures" / "toy-paper" / "result.json"
+    for damaged in ('{"paper": "toy-paper"}', '{"code": "0123"}', '{"code": {"sha256": "0123"}}', "{"):
+        result.write_text(damaged)
+        assert not record.current("toy-paper"), damaged
 
 
 # ---- all or nothing -----------------------------------------------------------------------

@@ -123,9 +123,9 @@ def test_the_model_is_as_before(decoder):
 
 
 @pytest.mark.parametrize("call, error, said", [
-    (dict(kind="nought"), ValueError, "expected one of zero"),
-    (dict(positions="S3"), LookupError, "choose from S, END"),
-    (dict(metric="logit diference"), LookupError, "did you mean 'logit difference'"),
+    (dict(kind="nought"), LookupError, "'nought'. Known: zero, mean, resample, counterfactual"),
+    (dict(positions="S3"), LookupError, "no role of toy 'S3'. Did you mean 'S'. Known: S, END, all"),
+    (dict(metric="logit diference"), LookupError, "'logit diference'. Did you mean 'logit difference'"),
     (dict(kind="zero", reference=torch.ones(2, 10).long()), ValueError, "takes no reference"),
     (dict(kind="mean", reference=torch.ones(2, 9).long()), ValueError, "9 tokens"),
     (dict(kind="resample", reference=torch.ones(1, 10).long()), ValueError, "at least two"),
@@ -137,7 +137,7 @@ def test_bad_input_is_refused_before_any_forward(llama, monkeypatch, call, error
 
 
 def test_an_unknown_direction_and_an_encoder_are_refused(llama):
-    with pytest.raises(ValueError, match="noising"):
+    with pytest.raises(LookupError, match="no direction 'sideways'. Known: noising, denoising"):
         heads.patching_scores(llama, toy(llama), "sideways")
     with pytest.raises(ValueError, match="encoder"):
         heads.ablation_scores(tiny("bert"), toy(llama), progress=False)
