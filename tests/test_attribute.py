@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, ids_of, near, plain_of, tiny
-from test_circuits import BLOCKS, NORMS, POST_NORMED, layers_of
+from conftest import ids_of, near, plain_of, tiny
 
 import heads
 from heads.lab.attribution import attribution_patching, direct_attribution, integrated_gradients, logit_lens
@@ -45,8 +44,7 @@ def slope_of_the_cap(plain, raw) -> torch.Tensor:
 def test_everything_that_is_written_sums_to_the_metric(decoder, metric):
     """Of the logits before a cap, times the cap's slope in the run: without a cap, of the model's own logits."""
     task, plain, seen = task_of(decoder), plain_of(decoder), {}
-    unembed = plain.module.get_output_embeddings()
-    handle = unembed.register_forward_hook(lambda _, args, out: seen.update(raw=out[:, -1].clone()))
+    handle = plain.unembed.register_forward_hook(lambda _, args, out: seen.update(raw=out[:, -1].clone()))
     plain(task.ids)
     handle.remove()
     found = direct_attribution(decoder, task, metric, batch=2)
@@ -60,23 +58,22 @@ def test_everything_that_is_written_sums_to_the_metric(decoder, metric):
 
 def test_a_heads_part_is_what_its_write_changes_with_the_norms_frozen(decoder):
     """By hand: the head's share of the final stream, the norms' scales (and a cap's slope) kept as they are in the run."""
-    task, plain, family = task_of(decoder), plain_of(decoder), decoder.record["name"].removeprefix("tiny-")
-    found, streams, sums = direct_attribution(decoder, task), {}, []
-    blocks, final = layers_of(plain, family), plain.module.get_submodule(NORMS[family])
+    task, plain = task_of(decoder), plain_of(decoder)
+    found, streams, sums, final = direct_attribution(decoder, task), {}, [], plain.norm
     handles = [final.register_forward_pre_hook(lambda _, args: streams.update(last=args[0][:, -1]))]
     handles += [p.register_forward_hook(lambda _, args, out: sums.append(out[:, -1])) for p in plain.projections]
     z = plain.z(task.ids)
     [handle.remove() for handle in handles]
     scale = lambda x, centred: (x - centred * x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True).sqrt()  # noqa: E731
-    centred = family in ("gpt2", "gpt-neox")
-    slope = slope_of_the_cap(plain, plain.module.get_output_embeddings()(final(streams["last"])))
+    centred = plain.family in ("gpt2", "gpt-neox")
+    slope = slope_of_the_cap(plain, plain.unembed(final(streams["last"])))
     for layer, head in [(0, 1), (2, 3), (3, 0)]:
         written = z[layer][:, -1, head] @ plain.slices(layer)[head]
-        if family in POST_NORMED:
-            written = written * (1 + blocks[layer].post_attention_layernorm.weight) / scale(sums[layer], False)
-        weight = final.weight + family.startswith("gemma")
+        if plain.post_normed:
+            written = written * (1 + plain.blocks[layer].post_attention_layernorm.weight) / scale(sums[layer], False)
+        weight = final.weight + plain.family.startswith("gemma")
         written = weight * (written - centred * written.mean(-1, keepdim=True)) / scale(streams["last"], centred)
-        by_hand = value(plain.module.get_output_embeddings().weight.matmul(written.T).T * slope, task)
+        by_hand = value(written @ plain.unembed.weight.T * slope, task)
         near(torch.tensor(found.samples[:, layer, head]).float(), by_hand, scale=10)
 
 
@@ -185,7 +182,7 @@ def test_mlps_have_a_first_order_effect_too(decoder):
     """The last layer's MLP goes straight into the final norm: compare with a step of its output."""
     task, module = task_of(decoder, 3, twins="near"), plain_of(decoder).module
     found = attribution_patching(decoder, task)
-    mlp = module.get_submodule(BLOCKS[decoder.record["name"].removeprefix("tiny-")] + ".3.mlp")
+    mlp = plain_of(decoder).blocks[3].mlp
     outs, step = [], 2e-2
     handle = mlp.register_forward_hook(lambda _, args, out: outs.append(out.clone()))
     [module(input_ids=ids) for ids in (task.ids, task.corrupted)]
@@ -213,7 +210,7 @@ def test_integrated_gradients_are_complete(decoder, source, positions):
     near(torch.tensor(found.base).float(), evaluate(decoder, task), scale=2)
     plain, mask = plain_of(decoder), task.at(positions)[..., None, None]
     theirs = plain.z(task.corrupted)
-    if source == "zero" and decoder.record["name"].removeprefix("tiny-") in POST_NORMED:  # no line: a norm of nothing jumps
+    if source == "zero" and plain.post_normed:  # no line: a norm of nothing jumps
         with plain.edited(lambda layer, z: torch.where(mask, z / 50, z)):
             nearly = value(plain(task.ids).logits[:, -1], task)
         assert abs(nearly - torch.tensor(found.source)).max() > 0.1
@@ -258,13 +255,8 @@ def test_the_lens_ends_with_the_models_own_metric(decoder, metric):
 
 
 def test_the_lens_equals_the_unembedding_of_each_stream(decoder):
-    task, plain, family = task_of(decoder), plain_of(decoder), decoder.record["name"].removeprefix("tiny-")
-    final, streams = plain.module.get_submodule(NORMS[family]), []
-    hook = lambda _, args, kwargs: streams.append((args[0] if args else kwargs["hidden_states"])[:, -1])  # noqa: E731
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in layers_of(plain, family)]
-    plain(task.ids)
-    [handle.remove() for handle in handles]
-    logits = [plain.capped(plain.module.get_output_embeddings()(final(x))) for x in streams]
+    task, plain = task_of(decoder), plain_of(decoder)
+    logits = [plain.capped(plain.unembed(plain.norm(x[:, -1]))) for x in plain.streams(task.ids)]
     by_hand = torch.stack([value(x, task) for x in logits])
     near(logit_lens(decoder, task)[:-1], by_hand)
     assert (logit_lens(decoder, task, "KL from the base run")[-1].abs() < 1e-5).all()
@@ -298,10 +290,6 @@ def test_a_metric_without_gradient_is_refused_before_any_pass(verb, metric):
 def test_bad_input_is_refused(llama, call, error, words):
     with pytest.raises(error, match=words):
         call(llama, task_of(llama))
-
-
-def test_all_families_are_covered():
-    assert set(BLOCKS) == set(NORMS) == set(DECODERS)
 
 
 @pytest.mark.parametrize("function", [heads.direct_attribution, heads.attribution_patching, heads.integrated_gradients])

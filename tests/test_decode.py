@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ids_of, logits_of, near, plain_of
-from test_ablation import by_hand
+from toys import by_hand
 
 import heads
 from heads.lab.decoding import Conditions, decode_batch, decode_rows, join, prefill

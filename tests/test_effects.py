@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logits_of, tiny
-from test_sweep import toy
+from toys import toy
 
 import heads
 from heads import metrics

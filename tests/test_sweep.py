@@ -6,49 +6,12 @@ import torch
 from conftest import DECODERS, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import naive, toy
 
 import heads
 from heads import metrics
 from heads.lab.replay import Replay, ReplayError
 from heads.lab.sweeps import KINDS
-from heads.tasks import Task
-
-
-def toy(model, prompts: int = 5, length: int = 10, seed: int = 0) -> Task:
-    """Random prompts whose twins differ at two positions, and a role that moves."""
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 200, (prompts, length), generator=random)
-    corrupted = ids.clone()
-    corrupted[:, 4] += 3
-    corrupted[:, 6] += 5
-    role = torch.randint(4, 8, (prompts,), generator=random)
-    return Task("toy", ids, ids[:, 0] + 1, torch.stack([ids[:, 1] + 40, ids[:, 2] + 45], 1), corrupted, {"S": role})
-
-
-def naive(model, task, kind, positions, metric=metrics.logit_difference):
-    """Every head by itself, whole prompts, whole vocabulary: `[prompt, layer, head]`, and the base `[prompt]`."""
-    plain, where, twin = plain_of(model), task.at(positions), plain_of(model).z(task.corrupted)
-    clean = plain(task.ids).logits
-
-    def read(logits):
-        last = logits[:, -1]
-        return metric(last if metric.whole else last.gather(-1, metric.columns(task)), task, clean[:, -1])
-
-    base, out = read(clean), torch.zeros(len(task), plain.n_layers, plain.n_heads)
-    for layer in range(plain.n_layers):
-        new = {"zero": torch.zeros_like(twin[layer]), "mean": twin[layer].mean(0, keepdim=True).expand_as(twin[layer]),
-               "counterfactual": twin[layer]}[kind]  # fmt: skip
-        for head in range(plain.n_heads):
-
-            def cut(at, z):
-                if at != layer:
-                    return None
-                z[..., head, :] = torch.where(where[..., None], new[..., head, :], z[..., head, :])
-                return z
-
-            with plain.edited(cut):
-                out[:, layer, head] = read(plain(task.ids).logits) - base
-    return out, base
 
 
 @pytest.mark.parametrize("positions", ["all", "END", "S"])

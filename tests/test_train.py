@@ -6,8 +6,8 @@ import nnsight
 import pytest
 import torch
 from conftest import ENCODERS, ids_of, logits_of, near, plain_of, tiny
-from test_sweep import toy
 from torch.nn.functional import cross_entropy
+from toys import toy
 
 import heads
 from heads.lab.training import checkpointing, fit, parameters_of
