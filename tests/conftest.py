@@ -7,8 +7,10 @@ are written out here, attention is transformers' own eager one, and edits are to
 from contextlib import contextmanager
 from functools import cache
 
+import nbformat
 import pytest
 import torch
+import yaml
 
 import heads
 import heads.model.tiny
@@ -19,12 +21,26 @@ torch.set_num_threads(1)
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = tuple(family for family in TINY if family not in ENCODERS)
-PROJECTIONS = {
-    "gpt2": "transformer.h.{}.attn.c_proj",
-    "gpt-neox": "gpt_neox.layers.{}.attention.dense",
-    "bert": "bert.encoder.layer.{}.attention.output.dense",
-    "modernbert": "model.layers.{}.attn.Wo",
-}
+# family -> the blocks; below a block the output projection; the final norm; below a block the norms before attention and MLP
+_LLAMA = ("model.layers", "self_attn.o_proj", "model.norm", "input_layernorm", "post_attention_layernorm")
+_GEMMA_2 = (*_LLAMA[:4], "pre_feedforward_layernorm")
+PLACES = {
+    "gpt2": ("transformer.h", "attn.c_proj", "transformer.ln_f", "ln_1", "ln_2"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA_2,
+    "gemma3": _GEMMA_2,
+    "phi3": _LLAMA,
+    "gpt-neox": (
+        "gpt_neox.layers", "attention.dense", "gpt_neox.final_layer_norm", "input_layernorm", "post_attention_layernorm"
+    ),
+    "bert": ("bert.encoder.layer", "attention.output.dense", "cls.predictions.transform", None, None),
+    "modernbert": ("model.layers", "attn.Wo", "model.final_norm", "attn_norm", "mlp_norm"),
+}  # fmt: skip
+POST_NORMED = ("gemma2", "gemma3")  # what attention and MLP write goes through a norm of its own
 
 
 @cache
@@ -67,15 +83,42 @@ class Plain:
     """The weights of a tiny model in a transformers module that knows nothing of heads."""
 
     def __init__(self, family: str):
+        self.family, self.post_normed = family, family in POST_NORMED
         self.module = heads.model.tiny.build(family)[0].requires_grad_(False)
         self.module.set_attn_implementation("eager")
         self.n_layers, self.n_heads = self.module.config.num_hidden_layers, self.module.config.num_attention_heads
-        place = PROJECTIONS.get(family, "model.layers.{}.self_attn.o_proj")
-        self.projections = [self.module.get_submodule(place.format(i)) for i in range(self.n_layers)]
+        blocks, projection, norm, self._attn_norm, self._mlp_norm = PLACES[family]
+        self.blocks, self.norm = self.module.get_submodule(blocks), self.module.get_submodule(norm)
+        self.unembed = self.module.get_output_embeddings()
+        self.projections = [block.get_submodule(projection) for block in self.blocks]
 
     def __call__(self, ids, **kwargs):
         with torch.no_grad():
             return self.module(input_ids=ids, **kwargs)
+
+    def norms(self, layer: int) -> tuple:
+        """The norms before a layer's attention and before its MLP."""
+        return getattr(self.blocks[layer], self._attn_norm), getattr(self.blocks[layer], self._mlp_norm)
+
+    def capped(self, logits, which: str = "final") -> torch.Tensor:
+        """What a model that caps its "final" or its "attn" logits makes of them (Gemma 2); other models leave them."""
+        cap = getattr(self.module.config, f"{which}_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    def streams(self, ids, **kwargs) -> list[torch.Tensor]:
+        """The residual stream that enters each layer, `[batch, position, d_model]`."""
+        seen = []
+
+        def hook(module, args, kwargs):
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in self.blocks]
+        try:
+            self(ids, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
 
     def slices(self, layer: int) -> torch.Tensor:
         """Weight of a projection, `[head, d_head, d_model]` (a view)."""
@@ -151,3 +194,19 @@ def default_eager():
 def sample(default):
     """One short needle prompt for the default model."""
     return heads.tasks.needle(default, lengths=[120], depths=[0.5])[0]
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A repository in small: one ready paper with a notebook and presets, one planned paper."""
+    for folder in ("data/presets", "notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    from toys import toy_notebook, toy_paper
+
+    both = [toy_paper("toy-paper", 11, "ready"), toy_paper("far-paper", 12, "planned")]
+    (tmp_path / "data" / "papers.yaml").write_text(yaml.safe_dump({"parts": {1: "Toys"}, "papers": both}))
+    (tmp_path / "data" / "presets" / "toy-paper.yaml").write_text("smoke: {size: 1}\npaper: {size: 9, names: [c]}\n")
+    nbformat.write(toy_notebook(), tmp_path / "notebooks" / "11_toy_paper.ipynb")
+    monkeypatch.setenv("HEADS_ROOT", str(tmp_path))
+    monkeypatch.delenv("HEADS_FIGURES", raising=False)
+    return tmp_path

@@ -1,7 +1,6 @@
 """Ablations equal what a hand-written hook on plain transformers does, at the right places."""
 
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ import torch
 from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from toys import by_hand, replaced, uniform
 
 import heads
 from heads.lab.ablation import KINDS
@@ -18,43 +16,6 @@ from heads.lab.ablation import KINDS
 CHOSEN = [(0, 1), (2, 3), (2, 0)]
 TEXTS = ["ten brown owls", "a grey teapot", "the old lamps"]  # 14, 13 and 13 tokens
 LENGTH = 12
-
-
-def replaced(plain, chosen, new=None, at=slice(None)):
-    """A plain module with heads replaced at some positions: by zero, or by `new[layer]` `[position, head, d_head]`."""
-
-    def change(layer, z):
-        for head in (h for i, h in chosen if i == layer):
-            z[:, at, head] = 0 if new is None else new[layer].expand_as(z[0])[at, head]
-        return z
-
-    return plain.edited(change)
-
-
-@contextmanager
-def uniform(plain, chosen, at=slice(None)):
-    """The paper's masking by hand: chosen heads have all their logits set to 0 before the mask is added."""
-
-    def attention(module, query, key, value, mask, scaling=None, **kwargs):
-        group = query.shape[1] // key.shape[1]
-        logits = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-        for layer, head in chosen:
-            if layer == module.layer_idx:
-                logits[:, head, at] = 0
-        rows = (logits + (0 if mask is None else mask)).softmax(-1)
-        return (rows @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), rows
-
-    AttentionInterface.register("by_hand", attention)
-    AttentionMaskInterface.register("by_hand", eager_mask)
-    plain.module.set_attn_implementation("by_hand")
-    try:
-        yield plain
-    finally:
-        plain.module.set_attn_implementation("eager")
-
-
-def by_hand(kind, plain, chosen, at=slice(None)):
-    return uniform(plain, chosen, at) if kind == "uniform" else replaced(plain, chosen, at=at)
 
 
 def matters(model, edited, ids):
@@ -276,8 +237,8 @@ def test_ablating_nothing_changes_nothing_to_the_bit(any_model, kind, nothing):
     [
         (dict(heads=[(9, 0)]), IndexError, r"head \(9, 0\) does not exist"),
         (dict(heads=[[(0, 0)], [(0, 9)]]), IndexError, r"head \(0, 9\) does not exist"),
-        (dict(heads=CHOSEN, kind="median"), ValueError, "median.*expected one of"),
-        (dict(heads=CHOSEN, phase="later"), ValueError, "later.*expected one of"),
+        (dict(heads=CHOSEN, kind="median"), LookupError, "Did you mean 'mean'. Known: zero, mean, resample, uniform"),
+        (dict(heads=CHOSEN, phase="later"), LookupError, "no phase 'later'. Known: both, prefill, decode"),
         (dict(heads=CHOSEN, kind="mean"), ValueError, "needs a reference"),
         (dict(heads=CHOSEN, kind="resample"), ValueError, "needs a reference"),
         (dict(heads=CHOSEN, kind="zero", reference=["x"]), ValueError, "neither"),

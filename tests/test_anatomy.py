@@ -8,6 +8,7 @@ import nnsight
 import pytest
 import torch
 from conftest import DECODERS, ENCODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from toys import naive, toy
 from transformers.cache_utils import DynamicCache
 
 import heads
@@ -162,16 +163,12 @@ def generate_shows_every_step(model):
 
 def a_sweep_is_cutting_one_head_after_the_other(model):
     """Zeroed by a hook on plain transformers, whole prompts, all heads: the same change of the logit difference."""
-    from test_sweep import naive, toy
-
     found = heads.ablation_scores(model, toy(model), "zero", progress=False)
     near(torch.tensor(found.samples).float(), naive(model, toy(model), "zero", "all")[0])
 
 
 def fast_paths_are_the_literal_passes(model):
     """Path patching to logits and to queries, heads and MLPs as senders: both engines agree."""
-    from test_sweep import toy
-
     for receivers in ((), [(2, 0), (3, 2)]):
         route = dict(receivers=receivers, scan="last", mlp_senders=True, progress=False)
         fast, slow = (heads.path_scores(model, toy(model), engine=engine, **route) for engine in ("fast", "literal"))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import ids_of, logits_of, near, plain_logits, plain_of, tiny
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from toys import eager
 
 import heads
 from heads.lab.ablation import force_attention
@@ -63,7 +62,7 @@ def test_roles_may_be_given(llama):
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
-        (dict(query="verb"), LookupError, "no role 'verb'.*subject, object, late, END"),
+        (dict(query="verb"), LookupError, "no role of random 'verb'. Known: subject, object, late, END"),
         (dict(roles={"first": torch.zeros(4)}), ValueError, "'first' needs one position below 20 for each of 5"),
         (dict(roles={"far": torch.full((5,), 20)}), ValueError, "'far' needs one position"),
         (dict(roles={"rest": torch.zeros(5)}), ValueError, "another name"),
@@ -78,25 +77,15 @@ def test_bad_roles_are_refused(llama, arguments, error, words):
 
 
 def forced_by_hand(plain, ids, chosen, weights, at):
-    """Replace the rows in an eager attention function of transformers' own interface."""
+    """Logits with rows replaced in an attention that is written out."""
     prompts = torch.arange(len(ids))
 
-    def attention(module, query, key, value, mask, scaling=None, **kwargs):
-        group = query.shape[1] // key.shape[1]
-        logits = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-        rows = (logits + (0 if mask is None else mask)).softmax(-1)
-        for layer, head in chosen:
-            if layer == module.layer_idx:
-                rows[prompts, head, at] = weights
-        return (rows @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), rows
+    def force(layer, pattern):
+        for head in (h for i, h in chosen if i == layer):
+            pattern[prompts, head, at] = weights
 
-    AttentionInterface.register("forced", attention)
-    AttentionMaskInterface.register("forced", eager_mask)
-    plain.module.set_attn_implementation("forced")
-    try:
+    with eager(plain, rows=force):
         return plain(ids).logits
-    finally:
-        plain.module.set_attn_implementation("eager")
 
 
 def halves(task: Task, *roles: str) -> torch.Tensor:

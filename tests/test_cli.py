@@ -6,7 +6,7 @@ import sys
 
 import nbformat
 import pytest
-from test_papers import CLAIMS, STUDY, toy_notebook, tree  # noqa: F401 (a fixture)
+from toys import CLAIMS, STUDY, toy_notebook
 
 from heads import cli
 from heads.course import papers
@@ -19,7 +19,7 @@ def heads(*arguments):
 
 
 @pytest.fixture
-def result(tree):  # noqa: F811
+def result(tree):
     """A last default run, as its result.json would have it."""
     folder = tree / "figures" / "toy-paper"
     folder.mkdir(parents=True)
@@ -96,14 +96,14 @@ def test_info_shows_both_numbers_and_the_parameters(result):
         (["fetch", "smolm2-135m"], "smollm2-135m"),
     ],
 )
-def test_what_is_wrong_is_refused_in_a_line_or_two(tree, arguments, words):  # noqa: F811
+def test_what_is_wrong_is_refused_in_a_line_or_two(tree, arguments, words):
     status, out, err = heads(*arguments)
     assert status == 2 and words in err and out == ""
     assert "Traceback" not in err and (err.count("\n") <= 2 or "Usage" in err)
     assert not (tree / "runs").exists(), "nothing was started"
 
 
-def test_one_wrong_paper_stops_all_before_the_first(tree):  # noqa: F811
+def test_one_wrong_paper_stops_all_before_the_first(tree):
     status, _, err = heads("run", "toy-paper", "far-paper")
     assert status == 2 and "far-paper has no notebook yet" in err and not (tree / "runs").exists()
 
@@ -118,13 +118,13 @@ def test_values_are_literals(text, value):
     assert cli._assignment(text) == ("a", value)
 
 
-def test_a_run_ends_with_its_verdicts(tree):  # noqa: F811
+def test_a_run_ends_with_its_verdicts(tree):
     status, out, err = heads("run", "toy-paper", "--preset", "smoke", "-p", "rate=1")
     assert status == 0 and "C1 holds, C2 not tested here" in out
     assert "Traceback" not in err and "\r" not in err, "no bar where there is no terminal"
 
 
-def test_the_exit_status_counts_failures(tree):  # noqa: F811
+def test_the_exit_status_counts_failures(tree):
     nbformat.write(toy_notebook(STUDY, CLAIMS, "1 / 0"), papers.notebook("toy-paper"))
     status, out, err = heads("run", "toy-paper", "toy-paper")
     assert status == 2 and err.count("toy-paper: failed: cell 4: ZeroDivisionError") == 2 and "Traceback" not in err
@@ -134,7 +134,7 @@ def test_the_exit_status_counts_failures(tree):  # noqa: F811
     assert status == 1 and "was left as it is: ZeroDivisionError" in err
 
 
-def test_refresh_renews_the_committed_notebook(tree):  # noqa: F811
+def test_refresh_renews_the_committed_notebook(tree):
     status, out, _ = heads("run", "toy-paper", "--refresh")
     assert status == 0 and "renewed 11_toy_paper.ipynb" in out
     assert nbformat.read(papers.notebook("toy-paper"), as_version=4).cells[-1].outputs

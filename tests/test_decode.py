@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ids_of, logits_of, near, plain_of
-from test_ablation import by_hand
+from toys import by_hand
 
 import heads
 from heads.lab.decoding import Conditions, decode_batch, decode_rows, join, prefill
@@ -256,7 +256,7 @@ def test_bad_input_is_refused(llama):
         Conditions(llama, ids, {})
     with pytest.raises(ValueError, match="leaves decoding clean"):
         Conditions(llama, ids, SETS, phase="prefill")
-    with pytest.raises(ValueError, match="median"):
+    with pytest.raises(LookupError, match="'median'. Did you mean 'mean'. Known: zero, mean, resample, uniform"):
         Conditions(llama, ids, SETS, kind="median")
     with pytest.raises(IndexError, match=r"\(9, 9\) does not exist"):
         Conditions(llama, ids, {"none": [], "wrong": [(9, 9)]})

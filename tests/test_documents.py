@@ -323,7 +323,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         ("--shard one", "expected i/n"), ("--shard 2/2", "numbered from 0"), ("--top 0", "--top 0"),
         ("--top 2.5", "--top 2.5"), ("--controls -1", "--controls -1"), ("--scores in", "in holds no head scores"), ("--scores no", "'no'"),
         ("--scores large", r"(6, 9) (layers, heads), but tiny-llama has (4, 4)"), ("--device cuda:9", "device='cuda:9'"),
-        ("--field body", "no field 'body': 2"), ("--model tiny-lama", "did you mean 'tiny-llama'"),
+        ("--field body", "no field 'body': 2"), ("--model tiny-lama", "Did you mean 'tiny-llama'"),
     ],
 )  # fmt: skip
 def test_the_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, options, message):

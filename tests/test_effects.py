@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logits_of, tiny
-from test_sweep import toy
+from toys import toy
 
 import heads
 from heads import metrics
@@ -120,7 +120,7 @@ def test_parts_of_a_task():
     assert sorted(one.answers.tolist() + two.answers.tolist()) == [0, 1, 2, 3]
     assert task.at("S").sum() == 4 and task.at(["S", "END"])[0].tolist() == [False, True, False, False, False, True]
     assert torch.equal(task.swapped().ids, task.corrupted)
-    with pytest.raises(LookupError, match="choose from S, END"):
+    with pytest.raises(LookupError, match="no role of t 'S9'. Did you mean 'S'. Known: S, END, all"):
         task.at("S9")
 
 

@@ -17,7 +17,7 @@ import nbformat
 import papermill
 import pytest
 from nbformat import v4
-from test_papers import toy_notebook, tree  # noqa: F401 (a fixture)
+from toys import toy_notebook
 
 from heads.course import papers
 
@@ -174,7 +174,7 @@ def test_health(path, check):
 
 
 @pytest.fixture
-def healthy(tree):  # noqa: F811
+def healthy(tree):
     """A notebook that passes every check, as a file of the small tree."""
     book = toy_notebook(*(f"print({i})" for i in range(12)))
     for count, cell in enumerate(code_cells(book), start=1):
@@ -241,10 +241,10 @@ def test_a_broken_copy_is_found(healthy, words):
 
 @pytest.mark.parametrize(
     "presets, words",
-    [("smoke: {size: 1}", "has no preset 'paper'"), ("smoke: {sise: 1}\npaper: {}", "'sise'"),
+    [("smoke: {size: 1}", "no preset of toy-paper 'paper'. Known: smoke"), ("smoke: {sise: 1}\npaper: {}", "'sise'"),
      ("smoke: {size: x}\npaper: {}", "is a int")],
 )
-def test_a_broken_preset_is_found(healthy, tree, presets, words):  # noqa: F811
+def test_a_broken_preset_is_found(healthy, tree, presets, words):
     (tree / "data" / "presets" / "toy-paper.yaml").write_text(presets)
     assert any(words in wrong for wrong in complaints(saved(healthy)))
 

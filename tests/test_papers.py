@@ -7,68 +7,10 @@ import sys
 import nbformat
 import papermill
 import pytest
-import yaml
 from nbformat import v4
+from toys import DEFAULTS, toy_notebook
 
 from heads.course import papers
-
-PARAMETERS = """\
-seed = 0  # where it all starts
-size = 3  # how many samples
-rate = 0.5  # between 0 and 1
-names = ["a", "b"]  # of the sets
-flag = False  # whether to
-limit = None  # no limit by default
-"""
-STUDY = """\
-import matplotlib.pyplot as plt
-import heads
-study = heads.Study("toy-paper", seed=seed, size=size, rate=rate, names=names, flag=flag, limit=limit)
-study.claims()"""
-FIGURE = """\
-fig, ax = plt.subplots()
-ax.plot(range(size))
-study.figure(fig, "1-line", {"x": list(range(size))}, "A line.")"""
-CLAIMS = """\
-study.claim("C1", measured=rate, holds=rate > 0.1)
-study.claim("C2", measured="nothing", holds=None, why="Not here.")"""
-
-
-def toy_notebook(*cells, parameters=PARAMETERS):
-    """An unexecuted notebook: a title, the parameters cell, then the given sources and the verdict."""
-    book = v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    book.cells = [v4.new_markdown_cell("# A toy"), v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    for source in cells or (STUDY, FIGURE, CLAIMS):
-        book.cells += [v4.new_markdown_cell("Prose."), v4.new_code_cell(source)]
-    book.cells += [v4.new_markdown_cell("The verdict."), v4.new_code_cell("study.verdict()")]
-    book.cells += [v4.new_code_cell("study.summary()", metadata={"tags": ["nbval-check-output"]})]
-    return book
-
-
-def toy_paper(slug, number, state):
-    claim = {"paper": "0.9", "where": "Fig 1", "holds": "> 0.1"}
-    claims = [{"id": id, "text": f"|r| of {id} is large", **claim} for id in ("C1", "C2")]
-    return {
-        "slug": slug, "number": number, "part": 1, "title": slug.title(), "authors": ["A. Author"], "year": 2024,
-        "arxiv": "2401.00001", "venue": None, "question": "Does it?", "state": state, "claims": claims,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    """A repository in small: one ready paper with a notebook and presets, one planned paper."""
-    for folder in ("data/presets", "notebooks"):
-        (tmp_path / folder).mkdir(parents=True)
-    both = [toy_paper("toy-paper", 11, "ready"), toy_paper("far-paper", 12, "planned")]
-    (tmp_path / "data" / "papers.yaml").write_text(yaml.safe_dump({"parts": {1: "Toys"}, "papers": both}))
-    (tmp_path / "data" / "presets" / "toy-paper.yaml").write_text("smoke: {size: 1}\npaper: {size: 9, names: [c]}\n")
-    nbformat.write(toy_notebook(), tmp_path / "notebooks" / "11_toy_paper.ipynb")
-    monkeypatch.setenv("HEADS_ROOT", str(tmp_path))
-    monkeypatch.delenv("HEADS_FIGURES", raising=False)
-    return tmp_path
-
-
-DEFAULTS = {"seed": 0, "size": 3, "rate": 0.5, "names": ["a", "b"], "flag": False, "limit": None}
 
 
 def test_importing_the_command_line_is_light():

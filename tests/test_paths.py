@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import plain_of, tiny
-from test_sweep import toy
+from toys import toy
 
 import heads
 from heads import metrics
@@ -110,15 +110,15 @@ def test_auto_falls_back_and_fast_refuses(llama, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("call, error, said", [
-    (dict(component="o"), ValueError, "expected one of q, k, v"),
-    (dict(mlps="melt"), ValueError, "expected one of recompute, freeze"),
+    (dict(component="o"), LookupError, "'o'. Known: q, k, v"),
+    (dict(mlps="melt"), LookupError, "'melt'. Known: recompute, freeze"),
     (dict(position="S"), ValueError, "reaches the logits"),
-    (dict(position="T"), LookupError, "choose from S, END"),
+    (dict(position="T"), LookupError, "no role of toy 'T'. Known: S, END, all"),
     (dict(position="all"), ValueError, "one position per prompt"),
     (dict(receivers=[(9, 0)]), IndexError, "layers 0 to 3"),
     (dict(receivers=[(0, 0)]), ValueError, "a path goes upwards"),
-    (dict(scan="first"), ValueError, "earliest"),
-    (dict(engine="slow"), ValueError, "literal"),
+    (dict(scan="first"), LookupError, "'first'. Known: earliest, last"),
+    (dict(engine="slow"), LookupError, "'slow'. Known: auto, fast, literal"),
 ])  # fmt: skip
 def test_bad_routes_are_refused_before_any_forward(llama, monkeypatch, call, error, said):
     monkeypatch.setattr(llama._module, "forward", lambda *a, **k: pytest.fail("a forward pass ran"))

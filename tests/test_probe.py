@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ids_of, logits_of, tiny
-from heads.lab.readings import fit_probes
 
 import heads
+from heads.lab.readings import fit_probes
 
 
 def planted(n: int = 60, seed: int = 0):

@@ -10,7 +10,7 @@ import time
 
 import nbformat
 import pytest
-from test_papers import CLAIMS, DEFAULTS, FIGURE, STUDY, toy_notebook, tree  # noqa: F401 (a fixture)
+from toys import CLAIMS, DEFAULTS, FIGURE, STUDY, toy_notebook
 
 from heads.course import papers
 from heads.course import runs as run
@@ -38,16 +38,16 @@ def write(*cells):
         ("toy-paper", "smoke", {"rate": "x"}, TypeError, "is a float"),
     ],
 )
-def test_what_cannot_run_is_refused(tree, slug, preset, values, error, words):  # noqa: F811
+def test_what_cannot_run_is_refused(tree, slug, preset, values, error, words):
     with pytest.raises(error, match=words):
         run.plan(slug, preset, values)
 
 
-def test_a_value_goes_before_a_preset(tree):  # noqa: F811
+def test_a_value_goes_before_a_preset(tree):
     assert run.plan("toy-paper", "paper", {"size": 4}) == {"size": 4, "names": ["c"]}
 
 
-def test_an_unknown_model_is_refused(tree):  # noqa: F811
+def test_an_unknown_model_is_refused(tree):
     nbformat.write(toy_notebook(parameters='model = "smollm2-135m"  # which\n'), papers.notebook("toy-paper"))
     assert run.plan("toy-paper", None, {"model": "tiny-llama"}) == {"model": "tiny-llama"}
     with pytest.raises(LookupError, match="smollm2-135m"):
@@ -57,7 +57,7 @@ def test_an_unknown_model_is_refused(tree):  # noqa: F811
 # ---- one run ------------------------------------------------------------------------------
 
 
-def test_a_default_run_publishes_and_leaves_the_source_alone(tree):  # noqa: F811
+def test_a_default_run_publishes_and_leaves_the_source_alone(tree):
     source = papers.notebook("toy-paper").read_bytes()
     outcome = run.run("toy-paper")
     assert outcome.ok, outcome.error
@@ -71,7 +71,7 @@ def test_a_default_run_publishes_and_leaves_the_source_alone(tree):  # noqa: F81
     assert len(pictures) == 1, "a figure appears once"
 
 
-def test_a_run_of_ones_own_stays_in_its_folder(tree):  # noqa: F811
+def test_a_run_of_ones_own_stays_in_its_folder(tree):
     outcome = run.run("toy-paper", "smoke", {"rate": 0.01, "limit": 3})
     assert not outcome.ok and "needs why=" in outcome.error, "C1 fails at this rate, and the cell gives no reason"
     outcome = run.run("toy-paper", "smoke")
@@ -81,7 +81,7 @@ def test_a_run_of_ones_own_stays_in_its_folder(tree):  # noqa: F811
     assert papers.result("toy-paper") is None
 
 
-def test_a_failed_cell_is_named_and_the_last_good_figures_stay(tree):  # noqa: F811
+def test_a_failed_cell_is_named_and_the_last_good_figures_stay(tree):
     assert run.run("toy-paper").ok
     good = snapshot(tree / "figures" / "toy-paper")
     write(STUDY, FIGURE, "1 / 0")
@@ -91,13 +91,13 @@ def test_a_failed_cell_is_named_and_the_last_good_figures_stay(tree):  # noqa: F
     assert snapshot(tree / "figures" / "toy-paper") == good
 
 
-def test_a_kernel_that_dies_is_a_failed_run(tree):  # noqa: F811
+def test_a_kernel_that_dies_is_a_failed_run(tree):
     write(STUDY, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     outcome = run.run("toy-paper")
     assert not outcome.ok and "died" in outcome.error
 
 
-def test_the_kernel_is_this_interpreter_whatever_is_in_the_home_folder(tree, monkeypatch):  # noqa: F811
+def test_the_kernel_is_this_interpreter_whatever_is_in_the_home_folder(tree, monkeypatch):
     spec = tree / "home" / ".local" / "share" / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "Another", "language": "python"}')
@@ -108,7 +108,7 @@ def test_the_kernel_is_this_interpreter_whatever_is_in_the_home_folder(tree, mon
     assert outcome.ok, outcome.error
 
 
-def test_a_killed_run_leaves_the_last_good_figures(tree):  # noqa: F811
+def test_a_killed_run_leaves_the_last_good_figures(tree):
     assert run.run("toy-paper").ok
     good = snapshot(tree / "figures" / "toy-paper")
     write(STUDY, FIGURE, f"import os, time\nopen({str(tree / 'halfway')!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)")
@@ -127,7 +127,7 @@ def test_a_killed_run_leaves_the_last_good_figures(tree):  # noqa: F811
 # ---- the committed notebook ---------------------------------------------------------------
 
 
-def test_refresh_commits_the_same_bytes_twice(tree):  # noqa: F811
+def test_refresh_commits_the_same_bytes_twice(tree):
     path = papers.notebook("toy-paper")
     run.refresh("toy-paper")
     first = path.read_bytes()
@@ -142,7 +142,7 @@ def test_refresh_commits_the_same_bytes_twice(tree):  # noqa: F811
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_failed_refresh_leaves_the_notebook(tree):  # noqa: F811
+def test_a_failed_refresh_leaves_the_notebook(tree):
     write(STUDY, "1 / 0")
     path = papers.notebook("toy-paper")
     before = path.read_bytes()
@@ -151,7 +151,7 @@ def test_a_failed_refresh_leaves_the_notebook(tree):  # noqa: F811
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_notebook_too_large_to_commit_is_refused(tree):  # noqa: F811
+def test_a_notebook_too_large_to_commit_is_refused(tree):
     write(STUDY, CLAIMS, "print('x' * 400_000)")
     path = papers.notebook("toy-paper")
     before = path.read_bytes()

@@ -126,13 +126,17 @@ def test_the_printed_table_shows_its_best_heads():
         (lambda: TABLE.overlap(TABLE, 0), "at least 1"),
         (lambda: TABLE.overlap(HeadScores([[1.0]]), 1), "one model only"),
         (lambda: TABLE.correlate(HeadScores([[1.0]])), "one model only"),
-        (lambda: TABLE.correlate(TABLE, "kendal"), "'pearson' or 'spearman'"),
         (lambda: HeadScores.from_dict({"layers": 2, "heads": 2, "values": [[1.0]]}), "record says 2 x 2"),
     ],
 )
 def test_bad_input_is_refused(action, words):
     with pytest.raises(ValueError, match=words):
         action()
+
+
+def test_an_unknown_correlation_lists_the_known():
+    with pytest.raises(LookupError, match="no method 'kendal'. Known: pearson, spearman"):
+        TABLE.correlate(TABLE, "kendal")
 
 
 # -------------------------------------------------------------------------------- random controls
@@ -180,7 +184,7 @@ def test_a_full_layer_is_an_error_or_borrows_from_its_nearest_neighbours():
 def test_too_few_heads_and_unknown_matches_are_refused():
     with pytest.raises(ValueError, match="3 random heads asked for, but only 1 heads"):
         random_heads([(0, 0), (0, 1), (0, 2)], (1, 4), match="none")
-    with pytest.raises(ValueError, match="'layer', 'near' or 'none'"):
+    with pytest.raises(LookupError, match="'layers'. Did you mean 'layer'. Known: layer, near, none"):
         random_heads([(0, 0)], (2, 2), match="layers")
 
 

@@ -296,7 +296,7 @@ def test_gates_that_leave_their_range_while_training_are_refused(llama):
 
 def test_other_mistakes_are_refused(llama):
     vectors, gates = drawn(llama)
-    with pytest.raises(ValueError, match="how="):
+    with pytest.raises(LookupError, match="no way to steer 'multiply'. Known: add, scale, mix, replace"):
         steered(llama, vectors, how="multiply")
     with pytest.raises(IndexError, match="does not exist"):
         steered(llama, vectors, heads=[(9, 0)])

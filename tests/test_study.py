@@ -7,14 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from test_papers import DEFAULTS, tree  # noqa: F401 (a fixture)
+from toys import DEFAULTS
 
-from heads.course import record
+import heads
+from heads.course import papers, record
 from heads.course.study import Study, plain
 
 
@@ -28,7 +30,7 @@ class Scores:
 
 
 @pytest.fixture
-def study(tree):  # noqa: F811
+def study(tree):
     return Study("toy-paper", **DEFAULTS)
 
 
@@ -44,7 +46,7 @@ def a_figure(value=1):
     return fig
 
 
-def published(tree):  # noqa: F811
+def published(tree):
     return json.loads((tree / "figures" / "toy-paper" / "result.json").read_text())
 
 
@@ -55,7 +57,7 @@ def hidden(folder):
 # ---- parameters ---------------------------------------------------------------------------
 
 
-def test_the_keywords_are_the_parameters_cell(tree):  # noqa: F811
+def test_the_keywords_are_the_parameters_cell(tree):
     with pytest.raises(LookupError, match="Did you mean 'toy-paper'"):
         Study("toy-papier", **DEFAULTS)
     with pytest.raises(TypeError, match="no parameter 'sise'. Did you mean 'size'"):
@@ -67,12 +69,12 @@ def test_the_keywords_are_the_parameters_cell(tree):  # noqa: F811
     assert not (tree / "figures").exists(), "a refused study leaves nothing behind"
 
 
-def test_a_paper_without_a_notebook_takes_any_parameter(tree):  # noqa: F811
+def test_a_paper_without_a_notebook_takes_any_parameter(tree):
     assert Study("far-paper", anything=1).preset == "default"
 
 
 @pytest.mark.parametrize("changes, preset", [({}, "default"), ({"size": 1}, "smoke"), ({"size": 2}, "custom")])
-def test_the_preset_is_derived(tree, changes, preset):  # noqa: F811
+def test_the_preset_is_derived(tree, changes, preset):
     study = Study("toy-paper", **{**DEFAULTS, **changes})
     conclude(study)
     [result] = [path for path in tree.rglob("result.json") if not path.parent.name.startswith(".")]
@@ -80,7 +82,7 @@ def test_the_preset_is_derived(tree, changes, preset):  # noqa: F811
     assert (result.parent.parent.name == "figures") == (preset == "default")
 
 
-def test_one_seed_for_all(tree):  # noqa: F811
+def test_one_seed_for_all(tree):
     def draw():
         Study("toy-paper", **{**DEFAULTS, "seed": 5})
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -116,7 +118,7 @@ def test_a_claim_that_does_not_hold_needs_a_reason(study):
 
 
 def test_an_unknown_claim_lists_the_known(study):
-    with pytest.raises(LookupError, match="no claim 'C3'. It has: C1, C2"):
+    with pytest.raises(LookupError, match="no claim of toy-paper 'C3'. Known: C1, C2"):
         study.claim("C3", measured=1, holds=True)
 
 
@@ -127,7 +129,7 @@ def test_every_claim_needs_a_verdict(study):
             close()
 
 
-def test_a_cell_may_be_run_again(study, tree):  # noqa: F811
+def test_a_cell_may_be_run_again(study, tree):
     study.claim("C1", measured=1, holds=False, why="Wrong cell.")
     study.figure(a_figure(), "1-a")
     conclude(study)
@@ -184,7 +186,7 @@ def test_a_figure_is_closed_after_it_was_kept(study):
         study.figure(a_figure(), "../1-a")
 
 
-def test_an_animation_is_kept_and_closed(study, tree):  # noqa: F811
+def test_an_animation_is_kept_and_closed(study, tree):
     fig = a_figure()
     study.animation(fig, lambda x: fig.axes[0].set_xlim(0, x), [1, 2], "1-film", {"x": [1, 2]}, "It moves.", seconds=1)
     assert not plt.fignum_exists(fig.number)
@@ -199,7 +201,7 @@ def test_an_animation_is_kept_and_closed(study, tree):  # noqa: F811
 # ---- the record ---------------------------------------------------------------------------
 
 
-def test_the_record_is_complete(study, tree):  # noqa: F811
+def test_the_record_is_complete(study, tree):
     model = Model()
     assert study.uses(model) is model
     with pytest.raises(TypeError, match="heads.load"):
@@ -210,7 +212,7 @@ def test_the_record_is_complete(study, tree):  # noqa: F811
     result = published(tree)
     assert list(result) == [
         "paper", "arxiv", "preset", "parameters", "seed", "model", "versions", "hardware", "seconds",
-        "peak_memory_bytes", "code_sha256", "claims", "scores", "figures",
+        "peak_memory_bytes", "code", "claims", "scores", "figures",
     ]  # fmt: skip
     assert result["parameters"] == DEFAULTS and result["arxiv"] == "2401.00001"
     assert {"name": "toy", "revision": "1", "sha256": "00"}.items() <= result["model"].items()
@@ -219,29 +221,119 @@ def test_the_record_is_complete(study, tree):  # noqa: F811
     [figure] = result["figures"]
     assert figure["caption"] == "A caption." and figure["files"] == ["1-a.png", "1-a.svg", "1-a.csv"]
     assert result["versions"]["torch"] == torch.__version__ and result["seconds"] >= 0
-    assert result["peak_memory_bytes"] > 2**20 and len(result["code_sha256"]) == 64
+    assert result["peak_memory_bytes"] > 2**20 and list(result["code"]) == ["sha256", "modules", "data"]
+    assert len(result["code"]["sha256"]) == 64 and "course/study.py" in result["code"]["modules"]
 
 
-def test_the_record_names_no_host_user_or_path(study, tree):  # noqa: F811
+def test_the_record_names_no_host_user_or_path(study, tree):
     conclude(study)
     text = json.dumps({k: published(tree)[k] for k in ("hardware", "versions")})
     assert str(tree) not in text and os.uname().nodename not in text and os.path.expanduser("~") not in text
 
 
-def test_the_code_digest_follows_code_not_outputs(tree):  # noqa: F811
-    def digest():
-        conclude(Study("toy-paper", **DEFAULTS))
-        return published(tree)["code_sha256"]
+MODULES, DATA = ["lab/ablation.py", "lab/training.py", "names.py"], ["words.jsonl"]
 
-    path = tree / "notebooks" / "11_toy_paper.ipynb"
-    first, book = digest(), json.loads(path.read_text())
-    book["cells"][0]["source"] = "# Other prose"
-    book["cells"][1]["execution_count"] = 7
+
+@pytest.fixture
+def digest(tree, tmp_path, monkeypatch):
+    """The digest of the toy paper, over a copy of the package that a test may change."""
+    copy = tmp_path / "package"
+    shutil.copytree(Path(record.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(record, "__file__", str(copy / "course" / "record.py"))
+    (tree / "data" / "words.jsonl").write_text("one")
+    return lambda: record.digest("toy-paper", MODULES, DATA)
+
+
+def rewritten(path, change):
+    """Change a notebook's cells in place."""
+    book = json.loads(path.read_text())
+    change(book["cells"])
     path.write_text(json.dumps(book))
-    assert digest() == first
-    book["cells"][-1]["source"] = "print(1)"
-    path.write_text(json.dumps(book))
-    assert digest() != first
+
+
+def longer(path):
+    path.write_text(path.read_text() + "# new")
+
+
+def follow(what, tree, monkeypatch):
+    """Change one thing of the toy paper, of the package's copy or of the façade."""
+    book, copy = tree / "notebooks" / "11_toy_paper.ipynb", tree / "package"
+    catalogue = tree / "data" / "papers.yaml"
+    {
+        "a code cell": lambda: rewritten(book, lambda cells: cells[-1].update(source="print(1)")),
+        "the parameters": lambda: rewritten(book, lambda cells: cells[1].update(source="seed = 1  # other")),
+        "the paper's claims": lambda: catalogue.write_text(catalogue.read_text().replace("> 0.1", "> 0.2")),
+        "a module that was imported": lambda: longer(copy / "lab" / "ablation.py"),
+        "a module that is gone": lambda: (copy / "names.py").unlink(),
+        "data that was read": lambda: (tree / "data" / "words.jsonl").write_text("two"),
+        "a row that leads elsewhere now": lambda: monkeypatch.setitem(heads.HOMES, "ablate", ("heads.lab.new", "ablate")),
+        "a module's row that leads elsewhere now": lambda: monkeypatch.setitem(heads.HOMES, "train", ("heads.lab", "new")),
+        "prose": lambda: rewritten(book, lambda cells: cells[0].update(source="# Other prose")),
+        "a new cell of prose": lambda: rewritten(book, lambda cells: cells.insert(1, dict(cells[0]))),
+        "outputs": lambda: rewritten(book, lambda cells: cells[-1].update(outputs=["x"], execution_count=7)),
+        "a module that was not imported": lambda: longer(copy / "lab" / "paths.py"),
+        "a new module": lambda: (copy / "lab" / "new.py").write_text("x = 1"),
+        "data that was not read": lambda: (tree / "data" / "more.jsonl").write_text("x"),
+        "a new row to another module": lambda: monkeypatch.setitem(heads.HOMES, "new", ("heads.lab.new", "new")),
+    }[what]()
+
+
+@pytest.mark.parametrize("what", [
+    "a code cell", "the parameters", "the paper's claims", "a module that was imported", "a module that is gone",
+    "data that was read", "a row that leads elsewhere now", "a module's row that leads elsewhere now",
+])  # fmt: skip
+def test_the_digest_follows_what_a_result_rests_on(digest, tree, monkeypatch, what):
+    papers._read.cache_clear(), papers._papers.cache_clear()
+    before = digest()
+    assert before == digest() and len(before) == 64
+    follow(what, tree, monkeypatch)
+    papers._read.cache_clear(), papers._papers.cache_clear()
+    assert digest() != before
+
+
+@pytest.mark.parametrize("what", [
+    "prose", "a new cell of prose", "outputs", "a module that was not imported", "a new module", "data that was not read",
+    "a new row to another module",
+])  # fmt: skip
+def test_the_digest_follows_nothing_else(digest, tree, monkeypatch, what):
+    before = digest()
+    follow(what, tree, monkeypatch)
+    assert digest() == before
+
+
+def test_a_result_names_the_modules_and_the_data_that_its_process_used(tree):
+    """In a fresh process: the façade alone brings nothing, a name that was used brings its module."""
+    (tree / "data" / "words.jsonl").write_text("one")
+    code = """if True:
+        import json
+        import heads
+        from heads import names
+        from heads.course import record
+        heads.models
+        names.data("words.jsonl")
+        print(json.dumps(record.code("toy-paper")))"""
+    used = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert used["modules"] == ["course/papers.py", "course/record.py", "model/families.py", "model/zoo.py", "names.py"]
+    assert used["data"] == ["words.jsonl"]
+    assert used["sha256"] == record.digest("toy-paper", used["modules"], used["data"])
+
+
+def test_a_result_is_current_until_its_code_changes(study, tree):
+    assert not record.current("toy-paper"), "there is none yet"
+    conclude(study)
+    assert record.current("toy-paper") and record.current("toy-paper", tree / "figures" / "toy-paper")
+    assert not record.current("toy-paper", tree / "nowhere") and not record.current("far-paper")
+    book = tree / "notebooks" / "11_toy_paper.ipynb"
+    rewritten(book, lambda cells: cells[0].update(source="# Other prose"))
+    assert record.current("toy-paper")
+    rewritten(book, lambda cells: cells[-1].update(source="print(1)"))
+    assert not record.current("toy-paper")
+    conclude(study)
+    assert record.current("toy-paper")
+    result = tree / "figures" / "toy-paper" / "result.json"
+    for damaged in ('{"paper": "toy-paper"}', '{"code": "0123"}', '{"code": {"sha256": "0123"}}', "{"):
+        result.write_text(damaged)
+        assert not record.current("toy-paper"), damaged
 
 
 # ---- all or nothing -----------------------------------------------------------------------
@@ -263,7 +355,7 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_failed_run_leaves_the_last_good_figures(study, tree):  # noqa: F811
+def test_a_failed_run_leaves_the_last_good_figures(study, tree):
     study.figure(a_figure(), "1-a")
     conclude(study)
     good = snapshot(tree / "figures" / "toy-paper")
@@ -275,14 +367,14 @@ def test_a_failed_run_leaves_the_last_good_figures(study, tree):  # noqa: F811
     assert snapshot(tree / "figures" / "toy-paper") == good
 
 
-def test_a_figure_that_is_no_longer_drawn_goes(study, tree):  # noqa: F811
+def test_a_figure_that_is_no_longer_drawn_goes(study, tree):
     study.figure(a_figure(), "1-old")
     conclude(study)
     conclude(Study("toy-paper", **DEFAULTS))
     assert [path.name for path in (tree / "figures" / "toy-paper").iterdir()] == ["result.json"]
 
 
-def test_a_swap_that_fails_puts_the_old_folder_back(study, tree, monkeypatch):  # noqa: F811
+def test_a_swap_that_fails_puts_the_old_folder_back(study, tree, monkeypatch):
     conclude(study)
     good = snapshot(tree / "figures" / "toy-paper")
 
@@ -295,7 +387,7 @@ def test_a_swap_that_fails_puts_the_old_folder_back(study, tree, monkeypatch):  
     assert snapshot(tree / "figures" / "toy-paper") == good
 
 
-def test_a_killed_run_leaves_the_last_good_figures(study, tree):  # noqa: F811
+def test_a_killed_run_leaves_the_last_good_figures(study, tree):
     conclude(study)
     good = snapshot(tree / "figures" / "toy-paper")
     run = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True)
@@ -309,7 +401,7 @@ def test_a_killed_run_leaves_the_last_good_figures(study, tree):  # noqa: F811
     assert not [name for name in hidden(tree / "figures") if name.endswith(f"-{run.pid}")], "the next run tidies up"
 
 
-def test_two_runs_at_once_keep_out_of_each_others_way(study, tree):  # noqa: F811
+def test_two_runs_at_once_keep_out_of_each_others_way(study, tree):
     run = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "halfway\n"
     study.figure(a_figure(), "1-a")

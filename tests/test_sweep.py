@@ -6,49 +6,12 @@ import torch
 from conftest import DECODERS, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import naive, toy
 
 import heads
 from heads import metrics
 from heads.lab.replay import Replay, ReplayError
 from heads.lab.sweeps import KINDS
-from heads.tasks import Task
-
-
-def toy(model, prompts: int = 5, length: int = 10, seed: int = 0) -> Task:
-    """Random prompts whose twins differ at two positions, and a role that moves."""
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 200, (prompts, length), generator=random)
-    corrupted = ids.clone()
-    corrupted[:, 4] += 3
-    corrupted[:, 6] += 5
-    role = torch.randint(4, 8, (prompts,), generator=random)
-    return Task("toy", ids, ids[:, 0] + 1, torch.stack([ids[:, 1] + 40, ids[:, 2] + 45], 1), corrupted, {"S": role})
-
-
-def naive(model, task, kind, positions, metric=metrics.logit_difference):
-    """Every head by itself, whole prompts, whole vocabulary: `[prompt, layer, head]`, and the base `[prompt]`."""
-    plain, where, twin = plain_of(model), task.at(positions), plain_of(model).z(task.corrupted)
-    clean = plain(task.ids).logits
-
-    def read(logits):
-        last = logits[:, -1]
-        return metric(last if metric.whole else last.gather(-1, metric.columns(task)), task, clean[:, -1])
-
-    base, out = read(clean), torch.zeros(len(task), plain.n_layers, plain.n_heads)
-    for layer in range(plain.n_layers):
-        new = {"zero": torch.zeros_like(twin[layer]), "mean": twin[layer].mean(0, keepdim=True).expand_as(twin[layer]),
-               "counterfactual": twin[layer]}[kind]  # fmt: skip
-        for head in range(plain.n_heads):
-
-            def cut(at, z):
-                if at != layer:
-                    return None
-                z[..., head, :] = torch.where(where[..., None], new[..., head, :], z[..., head, :])
-                return z
-
-            with plain.edited(cut):
-                out[:, layer, head] = read(plain(task.ids).logits) - base
-    return out, base
 
 
 @pytest.mark.parametrize("positions", ["all", "END", "S"])
@@ -123,9 +86,9 @@ def test_the_model_is_as_before(decoder):
 
 
 @pytest.mark.parametrize("call, error, said", [
-    (dict(kind="nought"), ValueError, "expected one of zero"),
-    (dict(positions="S3"), LookupError, "choose from S, END"),
-    (dict(metric="logit diference"), LookupError, "did you mean 'logit difference'"),
+    (dict(kind="nought"), LookupError, "'nought'. Known: zero, mean, resample, counterfactual"),
+    (dict(positions="S3"), LookupError, "no role of toy 'S3'. Did you mean 'S'. Known: S, END, all"),
+    (dict(metric="logit diference"), LookupError, "'logit diference'. Did you mean 'logit difference'"),
     (dict(kind="zero", reference=torch.ones(2, 10).long()), ValueError, "takes no reference"),
     (dict(kind="mean", reference=torch.ones(2, 9).long()), ValueError, "9 tokens"),
     (dict(kind="resample", reference=torch.ones(1, 10).long()), ValueError, "at least two"),
@@ -137,7 +100,7 @@ def test_bad_input_is_refused_before_any_forward(llama, monkeypatch, call, error
 
 
 def test_an_unknown_direction_and_an_encoder_are_refused(llama):
-    with pytest.raises(ValueError, match="noising"):
+    with pytest.raises(LookupError, match="no direction 'sideways'. Known: noising, denoising"):
         heads.patching_scores(llama, toy(llama), "sideways")
     with pytest.raises(ValueError, match="encoder"):
         heads.ablation_scores(tiny("bert"), toy(llama), progress=False)

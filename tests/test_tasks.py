@@ -118,7 +118,6 @@ def test_a_haystack_comes_from_help_topics_a_file_or_texts(tmp_path):
     [
         (dict(lengths=[90]), "a prompt of 90 tokens leaves .* for the haystack: ask for at least"),
         (dict(lengths=[4000], source=HAY), "the haystack holds .* tokens, .* are needed: give a longer source"),
-        (dict(form="question"), "form='question': expected one of"),
         (dict(depths=[0.5, 1.5]), "depth 1.5 is not between 0 and 1"),
         (dict(depths=[-0.1]), "depth -0.1 is not between"),
     ],
@@ -140,7 +139,9 @@ def test_the_length_that_the_refusal_asks_for_is_enough(default):
 def test_other_bad_input_is_refused(default, tmp_path):
     with pytest.raises(ValueError, match="tiny-llama has no chat template: use form='stem'"):
         needle(tiny("llama"), form="chat", source=HAY)
-    with pytest.raises(LookupError, match="no set of needles 'both': choose from detect, evaluate"):
+    with pytest.raises(LookupError, match="no form of a needle prompt 'question'. Known: stem, chat"):
+        needle(default, form="question")
+    with pytest.raises(LookupError, match="no set of needles 'both'. Known: detect, evaluate"):
         needles("both")
     with pytest.raises(FileNotFoundError, match="is not a file: give a path"):
         haystack(tmp_path / "nowhere.txt")

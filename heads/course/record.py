@@ -89,8 +89,11 @@ def digest(slug, modules, data):
     found, package = sha256(), Path(__file__).parents[1]
     for path in [package / name for name in modules] + [names.root() / "data" / name for name in data]:
         found.update(path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"gone") + b"\0")
-    homes = {name: home for facade in (heads, tasks) for name, home in facade.HOMES.items()}
-    rows = {name: home for name, home in homes.items() if f"{home[0].removeprefix('heads.').replace('.', '/')}.py" in modules}
+    rows = {}
+    for name, (home, what) in {**heads.HOMES, **tasks.HOMES}.items():
+        parts = home.split(".")[1:]
+        if {"/".join(parts) + ".py", "/".join([*parts, what]) + ".py"} & set(modules):  # a name in a module, or a module
+            rows[name] = (home, what)
     found.update(json.dumps(rows, sort_keys=True).encode())
     found.update(repr(papers.paper(slug).claims).encode())
     if papers.notebook(slug).is_file():

@@ -24,7 +24,8 @@ class Attribution(Effects):
     """Direct contributions to a metric, `[prompt, layer, head]` in `samples`, with all that is not a head beside them.
 
     For a metric that is linear in the logits, and without a reference, `samples` + `mlp_samples` + `embedding` +
-    `biases`, summed over layers and heads, is `base`.
+    `biases`, summed over layers and heads, is `base`. Where the model caps its logits (Gemma 2), no metric of them is
+    linear in what is written: the sum is then that of the logits before the cap, times the cap's slope in the run.
 
     Attributes:
         embedding: `[prompt]`, contribution of the token (and position) embedding at END.

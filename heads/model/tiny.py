@@ -26,7 +26,8 @@ _CONFIGS = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 16}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {**_LLAMA, "head_dim": 16}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {
-        **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+        **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),  # low, so that forgetting one shows
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {
         **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2}),
