@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and by editors
     from heads import metrics, plot, tasks
     from heads.course import papers
+    from heads.course.kept import kept
     from heads.course.study import Study
     from heads.lab import circuits
     from heads.lab import training as train

@@ -263,6 +263,7 @@ def doctor():
 
     wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins() if found != pin]
     cache = zoo.home()
+    kept = [path.stat().st_size for path in cache.glob("kept/*.kept")]
     probe = next(folder for folder in (cache, *cache.parents) if folder.exists())
     rows = [
         ("Python", platform.python_version()),
@@ -270,6 +271,7 @@ def doctor():
         ("GPU", _gpu()),
         ("models", ", ".join(f"{n} ({'in the cache' if zoo.cached(n) else 'not fetched'})" for n in zoo.ZOO)),
         ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
+        ("kept", f"{sum(kept) / 2**20:.2f} MB of results that notebooks share ({len(kept)})"),
         ("memory", f"{psutil.virtual_memory().available / 2**30:.0f} of {psutil.virtual_memory().total / 2**30:.0f} GB free"),
         ("kernel", "heads" if _has_kernel("heads") else "no kernel named heads: run make lab"),
         ("papers", f"{sum(p.state == 'ready' for p in papers.papers())} ready of {len(papers.papers())}"),

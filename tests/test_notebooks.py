@@ -19,7 +19,8 @@ import pytest
 from nbformat import v4
 from toys import toy_notebook
 
-from heads.course import papers
+from heads.course import papers, record, runs
+from tests import notebooks
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 INSTALLS = re.compile(r"^\s*[!%]|pip3? install|conda install|\binput\(|git clone", re.MULTILINE)
@@ -170,6 +171,32 @@ def test_health(path, check):
     assert complaints(path, [check]) == []
 
 
+READY = [paper.slug for paper in papers.papers() if paper.state == "ready"]
+
+
+@pytest.mark.parametrize("slug", READY)
+def test_a_committed_result_is_of_this_code(slug):
+    assert record.current(slug), f"figures/{slug} is not of this code: run make refresh PAPER={slug}"
+
+
+def over_budget(seconds):
+    """What is wrong with the seconds of `{slug: default run}`: the budget of a machine with two cores."""
+    for slug, found in seconds.items():
+        if found > notebooks.BUDGET:
+            yield f"{slug} takes {found:.0f} s, at most {notebooks.BUDGET}"
+    if (total := sum(seconds.values())) > 40 * 60:
+        yield f"together {total / 60:.0f} minutes, at most 40"
+
+
+def test_every_default_run_keeps_to_its_budget():
+    assert list(over_budget({slug: notebooks.seconds(slug) for slug in READY})) == []
+
+
+def test_a_budget_can_be_missed():
+    assert list(over_budget({"a": 90.4, "b": 20})) == ["a takes 90 s, at most 90"]
+    assert list(over_budget(dict.fromkeys(range(34), 90))) == ["together 51 minutes, at most 40"]
+
+
 # ---- each check can fail ------------------------------------------------------------------
 
 
@@ -252,6 +279,64 @@ def test_a_broken_preset_is_found(healthy, tree, presets, words):
 def test_a_picture_that_spells_a_path_is_no_complaint(healthy):
     show(healthy, image_png="iVBOR+/tmp/abc=")
     assert complaints(saved(healthy)) == []
+
+
+# ---- which notebooks run by nbval -----------------------------------------------------------
+
+PARTS = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2, "f": 3}
+COMMITS = [f"{i:040x}" for i in range(40)]
+
+
+def drawn(commit, stale=()):
+    return set(notebooks.by_nbval(PARTS, stale, commit))
+
+
+def test_one_notebook_of_each_part_runs_by_nbval():
+    for commit in [None, *COMMITS]:
+        assert sorted(PARTS[slug] for slug in drawn(commit)) == [1, 2, 3]
+
+
+def test_the_commit_draws_and_in_time_draws_every_one():
+    assert [drawn(c) for c in COMMITS] == [drawn(c) for c in COMMITS]
+    assert set.union(*map(drawn, COMMITS)) == set(PARTS)
+    assert drawn(None) == {"a", "d", "f"}  # without git the first
+
+
+def test_what_is_stale_always_runs_by_nbval():
+    for commit in [None, *COMMITS]:
+        assert drawn(commit, "be") == drawn(commit) | {"b", "e"}
+        assert "not of this code" in notebooks.by_nbval(PARTS, "be", commit)["b"]
+
+
+@pytest.fixture
+def committed(tree):  # noqa: F811
+    """The notebook of the small tree, executed, with its result published."""
+    runs.refresh("toy-paper")
+    assert record.current("toy-paper")
+    return papers.notebook("toy-paper")
+
+
+def rewritten(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_broken_copy_fails_the_suite(committed, capfd):
+    figures = {path: path.read_bytes() for path in committed.parents[1].glob("figures/*/*")}
+    assert notebooks.main([]) == 0
+    rewritten(committed, r'"C1 holds\n"', r'"C1 fails\n"')  # the output that nbval compares
+    assert notebooks.main([]) == 1
+    assert "failed: toy-paper" in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in committed.parents[1].glob("figures/*/*")} == figures
+
+
+def test_a_broken_copy_fails_its_smoke_run(committed, capfd):
+    assert notebooks.run_all({"toy-paper": False}) == []
+    rewritten(committed, "ax.plot(range(size))", "ax.plot(range(size) / 0)")
+    assert not record.current("toy-paper")
+    assert notebooks.run_all({"toy-paper": False}) == ["toy-paper"]
+    assert "TypeError" in capfd.readouterr().out
 
 
 # ---- nbval compares what deserves comparing -----------------------------------------------

@@ -1,0 +1,116 @@
+"""The notebooks' half of `make test`: `python -m tests.notebooks [--all]`.
+
+A notebook is run in one of two ways. *By nbval*: its defaults, cell by cell, and every output that deserves comparing is
+compared. *Smoke*: its smoke preset through papermill, which shows only that it runs. By nbval go the papers whose committed
+result is not of this code, and one paper of each part, drawn by the commit: the same for whoever tests that commit, and
+in time every one (without git: the first of the part). `--all` takes every default by nbval.
+
+Two run side by side, one thread each, the longest first. They draw into a folder that is thrown away, and what
+`heads.kept` holds is not trusted. The exit status is 1 where any fails.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from hashlib import sha256
+
+from heads.course import papers, record
+
+SIDE_BY_SIDE = 2  # kernels: CI and many a laptop have two cores
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+BUDGET = 90  # seconds of a default run
+LONGEST = 1800  # seconds: a kernel that hangs fails by name
+BY_NBVAL = [
+    sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "600",
+    "-p", "no:cacheprovider", "-q", "--tb=short",
+]  # fmt: skip
+
+
+def by_nbval(parts: dict[str, int], stale: Iterable[str], commit: str | None) -> dict[str, str]:
+    """Which papers run by nbval, and why: `{slug: reason}`.
+
+    Args:
+        parts: the part of every ready paper, in the order of the course.
+        stale: those whose committed result is not of this code.
+        commit: what draws one paper of each part; None takes the first.
+    """
+    drawn = {}
+    for part in dict.fromkeys(parts.values()):
+        slugs = [slug for slug in parts if parts[slug] == part]
+        ticket = {slug: sha256(f"{commit} {slug}".encode()).hexdigest() for slug in slugs}
+        slug = min(slugs, key=ticket.get) if commit else slugs[0]
+        drawn[slug] = f"drawn for part {part} by commit {commit[:10]}" if commit else f"the first of part {part}"
+    return drawn | dict.fromkeys(stale, "its committed result is not of this code")
+
+
+def head() -> str | None:
+    """The commit that is checked out; None without git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=papers.root(), capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def seconds(slug: str) -> float:
+    """What the committed default run took; the budget where there is none yet."""
+    path = papers.root() / "figures" / slug / "result.json"  # not papers.result: make test points HEADS_FIGURES elsewhere
+    return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else BUDGET
+
+
+def run(slug: str, nbval: bool, env: dict) -> tuple[bool, float, str]:
+    """Run one notebook in a process of its own: whether it passed, its seconds, what it printed."""
+    smoke = [sys.executable, "-m", "heads", "run", slug, "--preset", "smoke"]
+    command, start = [*BY_NBVAL, str(papers.notebook(slug))] if nbval else smoke, time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=papers.root(), env=env, timeout=LONGEST, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except subprocess.TimeoutExpired:
+        return False, LONGEST, f"{slug} was stopped after {LONGEST} s"
+    return done.returncode == 0, time.monotonic() - start, done.stdout
+
+
+def run_all(ways: dict[str, bool]) -> list[str]:
+    """Run `{slug: by nbval}` and print how each ended; the slugs that failed."""
+    order = sorted(ways, key=lambda slug: (not ways[slug], -seconds(slug)))  # the quick ones fill the gaps at the end
+    failed = []
+    with tempfile.TemporaryDirectory() as figures, ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        env = os.environ | ONE_THREAD | {"HEADS_FIGURES": figures, "HEADS_CACHE": "0"}
+        started = {pool.submit(run, slug, ways[slug], env): slug for slug in order}
+        try:
+            for future in as_completed(started):
+                slug, (passed, took, output) = started[future], future.result()
+                print(f"{'passed' if passed else 'FAILED'} {took:6.0f} s  {slug}", flush=True)
+                if not passed:
+                    failed.append(slug)
+                    print(output, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.notebooks", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--all", action="store_true", help="every default by nbval")
+    everything, start = parser.parse_args(arguments).all, time.monotonic()
+    parts = {paper.slug: paper.part for paper in papers.papers() if paper.state == "ready"}
+    chosen = by_nbval(parts, [slug for slug in parts if not record.current(slug)], head())
+    for slug in parts:
+        why = "asked for (--all)" if everything else chosen.get(slug, "its result is of this code, and another was drawn")
+        print(f"{'nbval' if everything or slug in chosen else 'smoke'}  {slug}: {why}", flush=True)
+    failed = run_all({slug: everything or slug in chosen for slug in parts})
+    minutes = (time.monotonic() - start) / 60
+    print(f"{len(parts)} notebooks in {minutes:.1f} minutes; failed: {', '.join(failed) or 'none'}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
