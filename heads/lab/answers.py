@@ -1,15 +1,23 @@
-"""Answers: log-probability and hit of every token that should follow, for prompts, conditions and documents."""
+"""Answers: log-probability and hit of every token that should follow, for prompts, conditions and documents.
+
+    items = heads.examples(model, [("Q: big\\nA:", " small"), ...])
+    heads.score_answers(model, items)[0].logprob    # of each token of the first answer, nats
+    heads.answer_loss(model, items)                 # minus their mean, to train on
+
+A document is an answer to its own first token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import nnsight
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
-from heads.lab.ablation import ablate
+NOTHING = -100  # a target where there is nothing to read: torch's own number for it
+CHUNK = 512  # positions whose logits are float32 at once: those of all would be the largest tensor of a run
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,13 @@ class AnswerScore:
     def accuracy(self) -> float:
         return self.correct.float().mean().item()
 
+    def split(self, lengths: Sequence[int]) -> list[AnswerScore]:
+        """The scores of several answers, read as one, as one each."""
+        return [AnswerScore(*pair) for pair in zip(self.correct.split(lengths), self.logprob.split(lengths))]
+
+    def cpu(self) -> AnswerScore:
+        return AnswerScore(self.correct.cpu(), self.logprob.cpu())
+
 
 @dataclass(frozen=True)
 class Example:
@@ -32,8 +47,7 @@ class Example:
     answer: tuple[int, ...]
 
 
-
-def examples(model, pairs, first: int | None = None, end: str = "") -> list[Example]:
+def examples(model, pairs: Iterable[tuple[str, str]], first: int | None = None, end: str = "") -> list[Example]:
     """(prompt, answer) texts as `Example`s: prompt and answer are tokenised together, as the model reads them.
 
     Args:
@@ -61,35 +75,81 @@ def examples(model, pairs, first: int | None = None, end: str = "") -> list[Exam
     return found
 
 
-
-def answer_loss(model, batch: Sequence[Example]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens in nats: over the tokens of an answer, then over the batch.
-
-    The prompts themselves are not trained on. Rows are padded on the right, with an attention mask, so that
-    position 0 is every row's first token. Equals the same loss one by one, to float tolerance.
+@torch.no_grad()
+def score_answers(model, items: Sequence[Example], batch: int = 32) -> list[AnswerScore]:
+    """Teacher-forced score of each answer, on the CPU; so many of them in one pass, in their order.
 
     Args:
         model: a loaded model, edited or not, or any module that is called like one of transformers (peft's, too).
     """
-    fed = [[*example.prompt, *example.answer[:-1]] for example in batch]
-    length, starts = max(map(len, fed)), [len(example.prompt) - 1 for example in batch]
-    device = next(model.parameters()).device
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in fed], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in fed], device=device)
+    parts = [items[start : start + batch] for start in range(0, len(items), batch)]
+    return [score.cpu() for part in parts for score in _scores(model, part)]
+
+
+def answer_loss(model, batch: Sequence[Example]) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens in nats: over the tokens of an answer, then over the batch.
+
+    The prompts themselves are not trained on. Equals the same loss one by one, to float tolerance.
+
+    Args:
+        model: as in `score_answers`; gradients reach whatever in it requires one.
+    """
+    return -torch.stack([score.logprob.mean() for score in _scores(model, batch)]).mean()
+
+
+def token_losses(model, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Cross-entropy of every token but the first of each row, in nats: `[token - 1]` per row, float32 on the CPU.
+
+    Args:
+        model: as in `score_answers`.
+        rows: token ids, of any lengths from two on; one forward pass for all.
+    """
+    return [-score.logprob for score in score_answers(model, [Example(row[:1], row[1:]) for row in rows], len(rows))]
+
+
+def _scores(model, items: Sequence[Example]) -> list[AnswerScore]:
+    """Scores of answers in one pass, where the model is."""
+    prompts = [len(item.prompt) for item in items]
+    inputs, targets = fed([[*item.prompt, *item.answer] for item in items], prompts, next(model.parameters()).device)
     # logits before the first answer are not needed; peft's virtual tokens stand in front of all
-    keep = length - min(starts)
-    last = torch.arange(-keep, 0, device=device)  # named one by one, the rows come contiguous: one product, not one a row
-    logits = _logits(model, input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=last)[:, -keep:]
-    losses = []
-    for row, start, example in zip(logits, starts, batch):
-        at = start - min(starts)
-        target = torch.tensor(example.answer, device=logits.device)
-        losses.append(cross_entropy(row[at : at + len(target)].float(), target))
-    return torch.stack(losses).mean()
+    keep = targets.shape[1] - (min(prompts) - 1)
+    last = torch.arange(-keep, 0, device=targets.device)  # named one by one, the rows come contiguous: one product for all
+    logits = logits_of(model, **inputs, logits_to_keep=last)[:, -keep:]
+    return read(logits, targets[:, -keep:]).split([len(item.answer) for item in items])
 
 
+def fed(rows: Sequence[Sequence[int]], prompts: Sequence[int], device) -> tuple[dict, torch.Tensor]:
+    """What a model is given to predict rows of token ids, and the token that should follow at each `[row, position]`.
 
-def _logits(model, **inputs) -> torch.Tensor:
+    Rows are padded on the right, with an attention mask, so that position 0 is every row's first token. The last
+    token of a row is not fed, only predicted. The target is `NOTHING` in a prompt (of so many tokens) and in padding.
+    """
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    position = torch.arange(1, ids.shape[1])  # of the target
+    inside = position < torch.tensor([len(row) for row in rows])[:, None]
+    targets = ids[:, 1:].where(inside & (position >= torch.tensor(prompts)[:, None]), NOTHING).to(device)
+    inputs = {"input_ids": ids[:, :-1].to(device), "attention_mask": inside.long().to(device), "use_cache": False}
+    return inputs, targets
+
+
+def read(logits: torch.Tensor, targets: torch.Tensor) -> AnswerScore:
+    """The score of every target, row after row.
+
+    Args:
+        logits: `[row, position, vocabulary]`, of any dtype.
+        targets: `[row, position]`, `NOTHING` where there is none.
+    """
+    logits, gold = logits.flatten(0, 1), targets.flatten().to(logits.device)
+    hits, losses = [], []
+    for at in (gold != NOTHING).nonzero()[:, 0].split(CHUNK):
+        part = logits[at].float()
+        hits.append(part.argmax(-1) == gold[at])
+        losses.append(cross_entropy(part, gold[at], reduction="none"))
+    return AnswerScore(torch.cat(hits), -torch.cat(losses))
+
+
+def logits_of(model, **inputs) -> torch.Tensor:
+    """Logits of a loaded model with its edits, or of any module that is called like one of transformers."""
     if isinstance(model, torch.nn.Module):
         return model(**inputs).logits
     if not model._edits:  # nothing to intervene in: the module itself, without a trace
@@ -102,104 +162,3 @@ def _logits(model, **inputs) -> torch.Tensor:
     with model.trace(**inputs):
         logits = model.logits.save()
     return logits
-
-
-Batch = list[tuple[int, list[int]]]  # (number of the document in its window, token ids)
-
-
-def token_losses(model, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Cross-entropy of every token but the first of each row, in nats: `[token - 1]` per row, float32 on the CPU.
-
-    Args:
-        model: a loaded decoder, edited or not.
-        rows: token ids, of any lengths from two on; one forward pass for all, padded on the right.
-    """
-    return _forward(model, rows)[0]
-
-
-
-def losses_under(model, rows: list[list[int]], conditions: Mapping, kind: str = "zero", tokens: int = 4096) -> dict:
-    """`token_losses` of every row under every condition: name -> `[token - 1]` per row.
-
-    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
-    the work.
-
-    Args:
-        conditions, kind, tokens: as in `score_documents`.
-    """
-    models = {name: pair[0] for name, pair in prepared(model, conditions, kind).items()}
-    found = {name: [None] * len(rows) for name in models}
-    for batch in batches(list(enumerate(rows)), tokens):
-        for name, losses in losses_of(model, models, [ids for _, ids in batch]).items():
-            for (number, _), row in zip(batch, losses):
-                found[name][number] = row
-    return found
-
-
-
-def prepared(model, conditions: Mapping, kind: str) -> dict[str, tuple]:
-    """name -> ((edited model, its first layer that differs from the clean one or None), what to write about it)."""
-    found = {}
-    for name, heads in conditions.items():
-        if hasattr(heads, "trace"):
-            found[name] = (heads, 0), "a model"
-        elif len(heads):
-            chosen = [[int(layer), int(head)] for layer, head in heads]
-            found[name] = (ablate(model, heads, kind), min(chosen)[0]), chosen
-        else:
-            found[name] = (model, None), []
-    return found
-
-
-
-def losses_of(model, models: dict, rows) -> dict[str, list[torch.Tensor]]:
-    """One batch under all conditions, the clean run first."""
-    keep = sorted({first for _, first in models.values() if first})
-    clean, streams = _forward(model, rows, keep)
-    found = {}
-    for name, (edited, first) in models.items():
-        resume = (first, streams[first]) if first else None
-        found[name] = clean if first is None else _forward(edited, rows, resume=resume)[0]
-    return found
-
-
-
-@torch.no_grad()
-def _forward(model, rows, keep=(), resume: tuple | None = None) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
-    """Losses as `token_losses` gives them, and the residual stream entering the layers `keep`.
-
-    `resume`, a layer and the stream that enters it in an unedited run, spares the layers below: an edit does not
-    change them if it acts at that layer or above."""
-    length, device = max(map(len, rows)), model.device
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-    with model.trace(input_ids=ids, attention_mask=mask, use_cache=False):
-        if resume is not None:
-            for i in range(resume[0]):
-                model.layers[i].skip(resume[1])
-        kept = nnsight.save({})
-        for i in keep:
-            kept[i] = model.layers[i].input
-        logits = model.logits.save()
-    losses = []
-    for row, target, tokens in zip(logits, ids, rows):
-        parts = []
-        for start in range(0, len(tokens) - 1, 512):  # float32 of a whole row of logits would be the largest tensor here
-            stop = min(start + 512, len(tokens) - 1)
-            part, gold = row[start:stop].float(), target[start + 1 : stop + 1].to(row.device)
-            parts.append(part.logsumexp(-1) - part.gather(-1, gold[:, None])[:, 0])
-        losses.append(torch.cat(parts).cpu())
-    return losses, kept
-
-
-
-def batches(pieces: Batch, tokens: int) -> Iterator[Batch]:
-    """Pieces of similar length together, as many as fit into `tokens` with their padding; a longer one runs alone."""
-    batch: Batch = []
-    for piece in sorted(pieces, key=lambda piece: -len(piece[1])):
-        if batch and len(batch[0][1]) * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch

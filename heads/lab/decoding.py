@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from heads.lab.ablation import ablate
-from heads.lab.answers import AnswerScore
+from heads.lab.answers import AnswerScore, read
 from heads.model.prefix import Prefix, join, prefill
 
 
@@ -172,10 +172,8 @@ class Conditions:
             fed = torch.cat([self.ids[0, -1:], answer[:-1]]).expand(len(names), -1)
             with torch.no_grad(), edited.trace(input_ids=fed, past_key_values=cache, use_cache=True):
                 logits = edited.logits.save()
-            logprobs = logits.float().log_softmax(-1)
-            gold = logprobs.gather(-1, answer.expand(len(names), -1)[..., None]).squeeze(-1)
-            hits = logits.argmax(-1) == answer
-            scores |= {name: AnswerScore(hits[i].cpu(), gold[i].cpu()) for i, name in enumerate(names)}
+            found = read(logits, answer.expand(len(names), -1)).cpu()
+            scores |= zip(names, found.split([len(answer)] * len(names)))
         return scores
 
 

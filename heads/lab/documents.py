@@ -4,25 +4,34 @@
     done = heads.score_documents(model, "corpus.jsonl", "scores.jsonl", conditions, kind="uniform")
 
 One line of output per document, in the order of the input. A document that cannot be scored has its line, too, with
-the reason. Memory does not grow with the corpus: `window` documents are held at a time.
+the reason. Memory does not grow with the corpus: a window of documents is held at a time.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import os
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import nnsight
+import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from heads.lab.answers import batches, losses_of, prepared
+from heads.lab.ablation import ablate
+from heads.lab.answers import fed, logits_of, read
+from heads.lab.decoding import batches
+
+WINDOW = 64  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
+
+_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass
@@ -52,7 +61,7 @@ class Summary:
 
 
 def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
-                    length: int | None = None, tokens: int = 4096, window: int = 256, shard: tuple[int, int] = (0, 1),
+                    length: int | None = None, tokens: int = 4096, window: int = 1024, shard: tuple[int, int] = (0, 1),
                     progress: bool = True) -> Summary:  # fmt: skip
     """Mean loss per token of every document under every condition, as JSON Lines.
 
@@ -73,44 +82,44 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
         text: the field that holds the text.
         length: tokens of the longest piece; at most the model's context, 2048 if None.
         tokens: of one forward pass, padding included (memory for logits is tokens times vocabulary).
-        window: documents held at once; those of similar length are run together.
+        window: documents held at once, at most (long ones: fewer, see `WINDOW`); those of similar length are run together.
         shard: (i, n): only documents whose index is i modulo n. The n files together hold every document once.
 
     Raises:
-        ValueError: for an encoder, an unknown kind, a bad shard, a length beyond the context, or if `out` or
-            what is left of an earlier run was made with other arguments or from another file of documents.
+        LookupError: an unknown kind.
+        ValueError: for an encoder, a bad shard, a length beyond the context; if another process writes to `out`; or if
+            `out` or what is left of an earlier run was made with other arguments, from other documents, or is damaged.
         FileNotFoundError: if there is no such file of documents, or no folder to write to.
         OSError: if a compressed file is broken or ends too early.
     """
     length = _checked(model, conditions, length, tokens, window, shard)
-    source = source_of(documents, out)
-    pairs = prepared(model, conditions, kind)
-    models, chosen = ({name: pair[k] for name, pair in pairs.items()} for k in (0, 1))
+    source, out = source_of(documents, out), Path(out)
+    models, chosen = prepared(model, conditions, kind)
     run = {
-        "model": model.record["name"], "sha256": model.record.get("sha256"),
-        "documents": None if source is None else {"name": source.name, "bytes": source.stat().st_size},
+        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": _identity(source),
         "conditions": chosen, "kind": kind,
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
     }  # fmt: skip
-    out = Path(out)
     partial, about = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.about.json")
-    summary, finished = _resume(out, partial, about, run, window)
-    if finished:
-        return summary
     items = _stream(_read_lines(source) if source is not None else documents, text)
-    mine = islice(((i, *item) for i, item in enumerate(items) if i % shard[1] == shard[0]), summary.read, None)
-    # an id may hold half a surrogate pair, which JSON can write and UTF-8 cannot: escaped, it is valid JSON again
-    with partial.open("a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
-        initial=summary.read, desc="documents", unit="document", disable=None if progress else True
-    ) as bar:
-        while group := list(islice(mine, window)):
-            for record in _score(model, models, group, length, tokens):
-                summary.add(record)
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(group))
-    _write_about(about, {"run": run, "summary": asdict(summary)})
-    partial.rename(out)
+    mine = ((i, *item) for i, item in enumerate(items) if i % shard[1] == shard[0])
+    with _alone(out):
+        if finished := _earlier(out, partial, about, run):
+            return finished
+        summary = Summary()
+        with partial.open("r+b") as file, tqdm(
+            desc="documents", unit="document", disable=None if progress else True
+        ) as bar:
+            for group in _windows(mine, window, WINDOW * tokens):
+                if not _kept(file, group, summary):
+                    for record in _score(model, models, group, length, tokens):
+                        summary.add(record)
+                        file.write(_line(record))
+                    file.flush()
+                bar.update(len(group))
+        _count(partial, summary.read)
+        _write_about(about, {"run": run, "summary": asdict(summary)})
+        partial.rename(out)
     return summary
 
 
@@ -145,39 +154,76 @@ def _checked(model, conditions, length, tokens, window, shard) -> int:
     return int(min(context, 2048)) if length is None else length
 
 
-def _resume(out: Path, partial: Path, about: Path, run: dict, window: int) -> tuple[Summary, bool]:
-    """What an earlier run with the same arguments has done, and whether it was all.
+def _identity(source: Path | None) -> dict | None:
+    """What tells one file of documents from another."""
+    if source is None:
+        return None
+    with source.open("rb") as file:
+        return {"name": source.name, "bytes": source.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
-    Only whole windows count, so that the batches of the rest are those of an undisturbed run."""
-    summary = Summary()
+
+def _alone(out: Path):
+    """The lock on `out`, held until the `with` block ends; the system lets go of it when a process is killed."""
+    try:
+        return FileLock(out.with_name(f".{out.name}.lock")).acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another process is writing {out}: wait for it, or write to another file") from None
+
+
+def _earlier(out: Path, partial: Path, about: Path, run: dict) -> Summary | None:
+    """What a finished run with the same arguments has done; None where there is something left to do."""
+    kept = ", ".join(path.name for path in (out, partial, about) if path.exists())
     if not (out.exists() or partial.exists()):
         _write_about(about, {"run": run})
-        return summary, False
-    kept = ", ".join(path.name for path in (out, partial, about) if path.exists())
+        partial.touch()
+        return None
     try:
         record = json.loads(about.read_text())
-        earlier = record["run"]
-    except (OSError, ValueError, KeyError):
+        earlier, done = record["run"], Summary(**record["summary"]) if out.exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out}: there is no record of how {kept} was made; write to another file") from None
     if differ := [key for key in run if earlier.get(key) != run[key]]:
         raise ValueError(
             f"{out} was made by a run that differs in: {', '.join(differ)}. Write to another file, or delete it ({kept})"
         )
-    if out.exists():
-        return Summary(**record["summary"]), True
-    whole, end = 0, 0
-    with partial.open("rb") as file:
-        for n, line in enumerate(iter(file.readline, b""), 1):
-            if n % window == 0 and line.endswith(b"\n"):
-                whole, end = n, file.tell()
-    with partial.open("rb+") as file:
-        file.truncate(end)
-        for n, line in enumerate(islice(file, whole), 1):
-            try:
-                summary.add(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{partial}, line {n}, is damaged: delete {kept} and start again") from None
-    return summary, False
+    if done:
+        _count(out, done.read)
+    return done
+
+
+def _count(path: Path, documents: int) -> None:
+    with path.open("rb") as file:
+        found = sum(1 for _ in file)
+    if found != documents:
+        raise ValueError(f"{path} holds {found} lines for {documents} documents: delete it and its record, and start again")
+
+
+def _kept(file, group: list[tuple], summary: Summary) -> bool:
+    """Whether an earlier run has written the lines of a window, which the summary then counts.
+
+    Only whole windows are kept, so that the batches of the rest are those of an undisturbed run: else the file ends here."""
+    start, lines = file.tell(), list(islice(file, len(group)))
+    if len(lines) < len(group) or not lines[-1].endswith(b"\n"):
+        file.seek(start)
+        file.truncate()
+        return False
+    for n, (line, (index, own, *_)) in enumerate(zip(lines, group), summary.read + 1):
+        try:
+            if not line.startswith(_line({"index": index, "id": own})[:-2]):
+                raise ValueError("of another document")
+            summary.add(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            path = Path(file.name)
+            kept = f"{path.name}, {path.stem}.about.json"
+            raise ValueError(
+                f"{path}, line {n}, is damaged: delete {kept} and start again (or the documents are not those of before)"
+            ) from None
+    return True
+
+
+def _line(record: dict) -> bytes:
+    # an id may hold half a surrogate pair, which JSON can write and UTF-8 cannot: escaped, it is valid JSON again
+    return (_json(record) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 def _write_about(path: Path, record: dict) -> None:
@@ -229,26 +275,44 @@ def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
             yield own, found, None
 
 
+def _windows(items: Iterable[tuple], documents: int, characters: int) -> Iterator[list[tuple]]:
+    """Documents in order, so many at a time, or fewer once their texts have so many characters."""
+    group, held = [], 0
+    for item in items:
+        group.append(item)
+        held += len(item[2] or "")
+        if len(group) == documents or held >= characters:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
 def _score(model, models: dict, group: list[tuple], length: int, tokens: int) -> list[dict]:
     """Records of a window of documents, in order."""
-    records, pieces = [], []
-    for number, (index, own, text, reason) in enumerate(group):
-        ids = model.tokenizer(text, verbose=False).input_ids if reason is None else []
-        reason = reason or ("one token" if len(ids) < 2 else None)
+    texts = [text for _, _, text, reason in group if reason is None]
+    tokenised = iter(model.tokenizer(texts, verbose=False, return_attention_mask=False).input_ids if texts else ())
+    records, pieces, owners = [], [], []
+    for number, (index, own, _, reason) in enumerate(group):
+        ids = next(tokenised) if reason is None else []
         parts = [ids[i : i + length] for i in range(0, len(ids), length)]
         parts = [part for part in parts if len(part) > 1]  # a single token at the end has nothing that predicts it
-        record = {"index": index, "id": own} | ({"skipped": reason} if reason else {"tokens": 0, "pieces": len(parts)})
-        records.append(record)
-        pieces += [(number, part) for part in parts if not reason]
-    totals = {name: Counter() for name in models}
-    for batch in batches(pieces, tokens):
-        for name, found in losses_of(model, models, [ids for _, ids in batch]).items():
-            for (number, _), losses in zip(batch, found):
-                totals[name][number] += losses.double().sum().item()
-        for number, ids in batch:
-            records[number]["tokens"] += len(ids) - 1
+        reason = reason or (None if parts else "one token")
+        found = {"skipped": reason} if reason else {"tokens": sum(map(len, parts)) - len(parts), "pieces": len(parts)}
+        records.append({"index": index, "id": own} | found)
+        pieces += parts
+        owners += [number] * len(parts)
+    totals = {name: torch.zeros(len(group), dtype=torch.float64) for name in models}
+    for batch in batches([len(piece) for piece in pieces], tokens):
+        rows = [pieces[i] for i in batch]
+        owner = torch.tensor([owners[i] for i in batch]).repeat_interleave(torch.tensor([len(row) - 1 for row in rows]))
+        for name, losses in _losses(model, models, rows).items():
+            totals[name].index_add_(0, owner, losses.double())
+    sums = {name: total.tolist() for name, total in totals.items()}
     for number, record in enumerate(records):
-        means = {name: totals[name][number] / record["tokens"] for name in models} if record.get("tokens") else {}
+        if "skipped" in record:
+            continue
+        means = {name: sums[name][number] / record["tokens"] for name in models}
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             why = f"the loss of {bad[0]} is not finite"
             records[number] = {"index": record["index"], "id": record["id"], "skipped": why}
@@ -257,15 +321,69 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
     return records
 
 
-def to_parquet(path, folder) -> int:
-    """Copy a file of scores to a folder of parquet parts, 100,000 documents each; the number of parts.
+def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: str = "zero",
+                 tokens: int = 4096) -> dict[str, list[torch.Tensor]]:  # fmt: skip
+    """`heads.token_losses` of every row under every condition: name -> `[token - 1]` per row.
 
-    Needs pyarrow, which heads does not: pip install pyarrow.
+    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
+    the work.
+
+    Args:
+        conditions, kind, tokens: as in `score_documents`.
     """
-    import pandas as pd
+    models, _ = prepared(model, conditions, kind)
+    found = {name: [None] * len(rows) for name in models}
+    for batch in batches([len(row) for row in rows], tokens):
+        lengths = [len(rows[i]) - 1 for i in batch]
+        for name, losses in _losses(model, models, [rows[i] for i in batch]).items():
+            for i, row in zip(batch, losses.split(lengths)):
+                found[name][i] = row
+    return found
 
-    folder, part = Path(folder), -1
-    folder.mkdir(parents=True)
-    for part, chunk in enumerate(pd.read_json(path, lines=True, chunksize=100_000)):
-        chunk.to_parquet(folder / f"part-{part:05d}.parquet", index=False)
-    return part + 1
+
+def prepared(model, conditions: Mapping, kind: str) -> tuple[dict[str, tuple], dict]:
+    """name -> (edited model, its first layer that differs from the clean run or None), and name -> what to write of it."""
+    models, written = {}, {}
+    for name, heads in conditions.items():
+        if hasattr(heads, "trace"):
+            models[name], written[name] = (heads, 0), "a model"
+        elif chosen := [list(head) for head in model.anatomy.check(heads)]:
+            # the layers below are spared only where they hold no edits, which would be lost with them
+            models[name] = ablate(model, chosen, kind), 0 if model._edits else min(chosen)[0]
+            written[name] = chosen
+        else:
+            models[name], written[name] = (model, None), []
+    return models, written
+
+
+def _losses(model, models: dict, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """One batch under all conditions: the losses of every row's tokens but the first, row after row, on the CPU."""
+    inputs, targets = fed(rows, [1] * len(rows), model.device)
+    first_layers = {first for _, first in models.values()}
+    keep, found = sorted(filter(None, first_layers)), {}
+    if keep or None in first_layers:
+        clean, streams = _forward(model, inputs, targets, keep)
+    for name, (edited, first) in models.items():
+        resume = (first, streams[first]) if first else None
+        found[name] = clean if first is None else _forward(edited, inputs, targets, resume=resume)[0]
+    return found
+
+
+@torch.no_grad()
+def _forward(model, inputs: dict, targets, keep=(), resume: tuple | None = None) -> tuple[torch.Tensor, dict]:
+    """Losses of the targets, and the residual stream entering the layers `keep`.
+
+    `resume`, a layer and the stream that enters it in an unedited run, spares the layers below: an edit does not
+    change them if it acts at that layer or above."""
+    kept = {}
+    if not keep and resume is None:
+        logits = logits_of(model, **inputs)
+    else:
+        with model.trace(**inputs):
+            for i in range(resume[0] if resume else 0):
+                model.layers[i].skip(resume[1])
+            kept = nnsight.save({})
+            for i in keep:
+                kept[i] = model.layers[i].input
+            logits = model.logits.save()
+    return -read(logits, targets).logprob.cpu(), kept
