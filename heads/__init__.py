@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.paths import path_effect, path_scores
     from heads.lab.readings import attention_to, fit_probes, head_activations, head_means
     from heads.lab.retrieval import retrieval_scores, rouge1_recall
-    from heads.lab.steering import Steering, steered
+    from heads.lab.steering import Steering
     from heads.lab.sweeps import ablation_scores, patching_scores
     from heads.lab.training import fit
     from heads.lab.tuning import head_weights, lora, prompt_tuning

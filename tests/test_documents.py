@@ -349,11 +349,3 @@ def test_stopped_by_the_keyboard_it_says_how_to_go_on(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130 and "the same command goes on from out.partial" in capsys.readouterr().err
-
-
-def test_parquet_where_it_is_installed(llama, tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
-    score_documents(llama, corpus(3), tmp_path / "s", CONDITIONS)
-    assert documents.to_parquet(tmp_path / "s", tmp_path / "parts") == 1
-    assert len(pandas.read_parquet(tmp_path / "parts")) == 3

@@ -69,14 +69,14 @@ def test_gates_of_zero_change_nothing_to_the_bit(decoder, how):
     assert torch.equal(logits_of(steering.edited, ids), clean)
     with steering.hooks():
         assert torch.equal(plain_logits(decoder, ids), clean)
-    assert torch.equal(logits_of(heads.steered(decoder, vectors, 1.0, how, positions=[]), ids), clean)
+    assert torch.equal(logits_of(Steering(decoder, vectors, 1.0, how, positions=[]).edited, ids), clean)
     nothing = torch.zeros(0, decoder.anatomy.d_head)
-    assert torch.equal(logits_of(heads.steered(decoder, nothing, 1.0, how, heads=[]), ids), clean)
+    assert torch.equal(logits_of(Steering(decoder, nothing, 1.0, how, heads=[]).edited, ids), clean)
 
 
 def test_gates_of_one_put_the_vector_in_place(llama):
     ids, (vectors, _) = ids_of(llama), drawn(llama)
-    mixed, replaced = (logits_of(heads.steered(llama, vectors, 1.0, how), ids) for how in ("mix", "replace"))
+    mixed, replaced = (logits_of(Steering(llama, vectors, 1.0, how).edited, ids) for how in ("mix", "replace"))
     assert torch.equal(mixed, replaced)
     near(mixed, logits_of(heads.ablate(llama, [(i, h) for i in range(4) for h in range(4)], "mean", values=vectors), ids))
 
@@ -84,16 +84,16 @@ def test_gates_of_one_put_the_vector_in_place(llama):
 def test_listed_values_go_to_their_heads_in_the_order_of_the_list(llama):
     ids, (vectors, gates) = ids_of(llama), drawn(llama)
     index = tuple(zip(*CHOSEN))
-    listed = heads.steered(llama, vectors[index], gates[index], "mix", heads=CHOSEN)
-    assert torch.equal(logits_of(listed, ids), logits_of(heads.steered(llama, vectors, gates, "mix", heads=CHOSEN), ids))
+    listed = Steering(llama, vectors[index], gates[index], "mix", heads=CHOSEN).edited
+    assert torch.equal(logits_of(listed, ids), logits_of(Steering(llama, vectors, gates, "mix", heads=CHOSEN).edited, ids))
 
 
 def test_edits_stack_and_the_model_stays(llama):
     ids, (vectors, gates) = ids_of(llama), drawn(llama)
     clean = logits_of(llama, ids)
-    twice = heads.ablate(heads.steered(llama, vectors, gates), CHOSEN)
+    twice = heads.ablate(Steering(llama, vectors, gates).edited, CHOSEN)
     with plain_of(llama).edited(lambda layer, z: z + gates[layer][:, None] * vectors[layer] * keep(layer)) as plain:
-        near(logits_of(heads.steered(llama, vectors * mask_of(), gates), ids), plain(ids).logits)
+        near(logits_of(Steering(llama, vectors * mask_of(), gates).edited, ids), plain(ids).logits)
     assert not torch.equal(logits_of(twice, ids), clean) and torch.equal(logits_of(llama, ids), clean)
 
 
@@ -116,7 +116,7 @@ def keep(layer):
 def test_positions_count_real_tokens_on_both_sides_of_padding(decoder, side, positions):
     vectors, gates = drawn(decoder)
     inputs = padded(decoder, TEXTS, side)
-    edited = heads.steered(decoder, vectors, gates, "mix", positions=positions)
+    edited = Steering(decoder, vectors, gates, "mix", positions=positions).edited
     steered = logits_of(edited, inputs.pop("input_ids"), **inputs)
     for row, text in enumerate(TEXTS):
         ids = decoder.ids(text)
@@ -130,11 +130,11 @@ def test_positions_count_real_tokens_on_both_sides_of_padding(decoder, side, pos
 def test_positions_may_be_given_row_by_row(llama):
     ids, (vectors, gates) = ids_of(llama, rows=3), drawn(llama)
     at = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) > 0.5
-    found = logits_of(heads.steered(llama, vectors, gates, positions=at), ids)
+    found = logits_of(Steering(llama, vectors, gates, positions=at).edited, ids)
     with by_hand(plain_of(llama), "add", vectors, gates, at) as plain:
         near(found, plain(ids).logits)
     with pytest.raises(ValueError, match=r"\[row, position\]"):
-        logits_of(heads.steered(llama, vectors, gates, positions=at), ids[:2])
+        logits_of(Steering(llama, vectors, gates, positions=at).edited, ids[:2])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_positions_may_be_given_row_by_row(llama):
 def test_generation_is_steered_where_it_is_told(decoder, where, at):
     """Against a plain model that reads everything again for each token, without a cache."""
     ids, (vectors, gates) = ids_of(decoder, length=10), drawn(decoder)
-    edited = heads.steered(decoder, 3 * vectors, gates, "mix", **where)
+    edited = Steering(decoder, 3 * vectors, gates, "mix", **where).edited
     with edited.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False) as tracer:
         found = tracer.result.save()
     grown, plain = ids, plain_of(decoder)
@@ -166,7 +166,7 @@ def test_generation_is_steered_where_it_is_told(decoder, where, at):
 def test_a_cached_prefix_and_the_last_token_equal_the_whole_prompt(decoder):
     """What soft injection trains on: only the last token is steered, so its prefix can be kept."""
     ids, (vectors, gates) = ids_of(decoder), drawn(decoder)
-    edited = heads.steered(decoder, vectors, gates, "mix", positions=[-1], decode=False)
+    edited = Steering(decoder, vectors, gates, "mix", positions=[-1], decode=False).edited
     cache = heads.prefill(decoder, ids[:, :-1])
     whole = logits_of(edited, ids)[:, -1]
     near(logits_of(edited, ids[:, -1:], past_key_values=cache)[:, -1], whole)
@@ -203,7 +203,7 @@ def test_gates_train_through_a_sigmoid_and_only_they(llama):
     before = {name: tensor.clone() for name, tensor in llama._module.state_dict().items()}
     data, (vectors, _) = heads.examples(llama, PAIRS, first=1), drawn(llama)
     w = torch.zeros(4, 4, requires_grad=True)
-    edited = heads.steered(llama, vectors, lambda: w.sigmoid(), "mix", positions=[-1], decode=False)
+    edited = Steering(llama, vectors, lambda: w.sigmoid(), "mix", positions=[-1], decode=False).edited
     done = heads.fit(w, lambda batch: heads.answer_loss(edited, batch), data, steps=15, lr=0.2)
     assert done.losses[-1] < done.losses[0] and w.abs().min() > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama._module.state_dict().items())
@@ -211,7 +211,7 @@ def test_gates_train_through_a_sigmoid_and_only_they(llama):
 
 def test_offsets_of_listed_heads_train(llama):
     data, v = heads.examples(llama, PAIRS), torch.zeros(len(CHOSEN), 8, requires_grad=True)
-    edited = heads.steered(llama, v, heads=CHOSEN)
+    edited = Steering(llama, v, heads=CHOSEN).edited
     assert torch.equal(logits_of(edited, ids_of(llama)), logits_of(llama, ids_of(llama)))
     done = heads.fit(v, lambda batch: heads.answer_loss(edited, batch), data, steps=10, lr=0.1)
     assert done.losses[-1] < done.losses[0]
@@ -266,11 +266,11 @@ def test_vectors_and_gates_of_another_model_are_refused(llama):
     vectors, gates = drawn(llama)
     for bad in (vectors[:3], vectors[:, :, :4], drawn(tiny("qwen3"))[0], vectors[0], torch.zeros(2, 8)):
         with pytest.raises(ValueError, match="belong to another model"):
-            heads.steered(llama, bad)
+            Steering(llama, bad).edited
     with pytest.raises(ValueError, match="the gates are"):
-        heads.steered(llama, vectors, gates[:3])
+        Steering(llama, vectors, gates[:3]).edited
     with pytest.raises(ValueError, match=r"\[3, 8\] for the listed heads"):
-        heads.steered(llama, vectors[0, :2], heads=CHOSEN)
+        Steering(llama, vectors[0, :2], heads=CHOSEN).edited
 
 
 @pytest.mark.parametrize("how, gate, message", [
@@ -278,12 +278,12 @@ def test_vectors_and_gates_of_another_model_are_refused(llama):
 ])  # fmt: skip
 def test_gates_outside_their_range_are_refused(llama, how, gate, message):
     with pytest.raises(ValueError, match=message):
-        heads.steered(llama, drawn(llama)[0], gate, how)
+        Steering(llama, drawn(llama)[0], gate, how).edited
 
 
 def test_gates_that_leave_their_range_while_training_are_refused(llama):
     vectors, gates = drawn(llama)
-    edited = heads.steered(llama, vectors, gates, "mix")
+    edited = Steering(llama, vectors, gates, "mix").edited
     gates[0, 0] = 2.0
     with pytest.raises(Exception, match="from 0 to 1"):
         logits_of(edited, ids_of(llama))
@@ -292,13 +292,13 @@ def test_gates_that_leave_their_range_while_training_are_refused(llama):
 def test_other_mistakes_are_refused(llama):
     vectors, gates = drawn(llama)
     with pytest.raises(ValueError, match="how="):
-        heads.steered(llama, vectors, how="multiply")
+        Steering(llama, vectors, how="multiply").edited
     with pytest.raises(IndexError, match="does not exist"):
-        heads.steered(llama, vectors, heads=[(9, 0)])
+        Steering(llama, vectors, heads=[(9, 0)]).edited
     with pytest.raises(ValueError, match="listed twice"):
-        heads.steered(llama, vectors, heads=[(0, 0), (0, 0)])
+        Steering(llama, vectors, heads=[(0, 0), (0, 0)]).edited
     with pytest.raises(ValueError, match="not finite"):
-        heads.steered(llama, vectors / 0)
+        Steering(llama, vectors / 0).edited
     with pytest.raises(ValueError, match="one batch"):
         Steering(llama, vectors, positions=torch.ones(1, 3)).save("never")
 
@@ -346,7 +346,7 @@ def test_hooks_of_an_edited_model_are_refused_and_arrays_are_taken(llama):
     ).hooks():
         pass
     vectors, gates, ids = np.ones((4, 4, 8), "float32"), np.full((4, 4), 0.5, "float32"), ids_of(llama)
-    found = logits_of(heads.steered(llama, vectors, gates), ids)
-    assert torch.equal(found, logits_of(heads.steered(llama, torch.tensor(vectors), torch.tensor(gates)), ids))
+    found = logits_of(Steering(llama, vectors, gates).edited, ids)
+    assert torch.equal(found, logits_of(Steering(llama, torch.tensor(vectors), torch.tensor(gates)).edited, ids))
     with pytest.raises(ValueError, match="they belong to another model"):
         heads.Steering(llama, 0.5)

@@ -255,17 +255,3 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         else:
             record |= {f"loss_{name}": round(mean, 6) for name, mean in means.items()}
     return records
-
-
-def to_parquet(path, folder) -> int:
-    """Copy a file of scores to a folder of parquet parts, 100,000 documents each; the number of parts.
-
-    Needs pyarrow, which heads does not: pip install pyarrow.
-    """
-    import pandas as pd
-
-    folder, part = Path(folder), -1
-    folder.mkdir(parents=True)
-    for part, chunk in enumerate(pd.read_json(path, lines=True, chunksize=100_000)):
-        chunk.to_parquet(folder / f"part-{part:05d}.parquet", index=False)
-    return part + 1

@@ -243,11 +243,6 @@ class Steering:
         return f"Steering({self.how}, {count} of {self.model.record['name']}, {where}, decode={self.decode})"
 
 
-def steered(model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None, decode=True):
-    """The model with its heads steered: `Steering(...).edited`. See `Steering` for the arguments."""
-    return Steering(model, vectors, gates, how, heads=heads, positions=positions, decode=decode).edited
-
-
 def _identity(model) -> dict:
     """What says whether two models are the same one, whatever they are stored in."""
     anatomy, record = model.anatomy, model.record
