@@ -299,6 +299,21 @@ def test_checkpointing_leaves_no_gradient_behind(llama):
 # ------------------------------------------------------------------------------------ baselines
 
 
+def test_all_weights_are_given_back_to_the_bit_even_if_training_fails(decoder):
+    before, data = weights_of(decoder), heads.examples(decoder, PAIRS)
+    with heads.all_weights(decoder) as weights:
+        done = fit(weights, loss_on(decoder), data, steps=3, batch=4, lr=1e-2)
+        assert done.losses[-1] < done.losses[0] and not torch.equal(weights[0], next(iter(before.values())))
+    unchanged(decoder, before)
+    with pytest.raises(RuntimeError, match="on purpose"), heads.all_weights(decoder) as weights:
+        assert all(weight.requires_grad for weight in weights)
+        with torch.no_grad():
+            weights[0].add_(1)
+        raise RuntimeError("on purpose")
+    unchanged(decoder, before)
+    assert not any(weight.requires_grad or weight.grad is not None for weight in decoder._module.parameters())
+
+
 def test_lora_trains_and_leaves_no_trace(decoder):
     before, ids, data = weights_of(decoder), ids_of(decoder), heads.examples(decoder, PAIRS)
     clean = logits_of(decoder, ids)

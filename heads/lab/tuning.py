@@ -1,4 +1,4 @@
-"""Fine-tuning only chosen heads, and the usual baselines: LoRA and prompt tuning through peft.
+"""Fine-tuning only chosen heads, and the usual baselines: all weights, LoRA and prompt tuning through peft.
 
 What a head owns: its rows of the query projection, its columns of the output projection, and the rows of the key
 and value projections of its group, which under grouped queries it shares with other heads. Only these slices are
@@ -148,6 +148,21 @@ def head_weights(model, heads, parts: str = PARTS) -> HeadWeights:
         that are being tuned already.
     """
     return HeadWeights(model, heads, parts)
+
+
+@contextmanager
+def all_weights(model) -> Iterator[list[nn.Parameter]]:
+    """Every weight as trainable for as long as the `with` block lasts; then given back, to the bit."""
+    weights = list(model._module.parameters())
+    kept = [weight.detach().to("cpu", copy=True) for weight in weights]  # a GPU needs its memory for the training
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for weight, old in zip(weights, kept):
+            weight.requires_grad_(False).copy_(old)
+            weight.grad = None
 
 
 @dataclass(frozen=True)
