@@ -3,7 +3,6 @@
 import types
 
 import pytest
-import torch
 from cells import run_cells
 from conftest import ids_of, plain_logits, tiny
 
