@@ -95,10 +95,24 @@ def notebook(slug):
     return root() / "notebooks" / f"{paper(slug).number}_{slug.replace('-', '_')}.ipynb"
 
 
-def result(slug):
-    """The parsed figures/<slug>/result.json of the last default run, or None before the first."""
-    path = figures_root() / paper(slug).slug / "result.json"
+def result(slug: str, folder: Path | None = None) -> dict | None:
+    """The parsed result.json of a run's folder (figures/<slug>, the last default run), or None before the first."""
+    path = (folder or figures_root() / paper(slug).slug) / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def verdicts(slug: str, folder: Path | None = None) -> dict[str, str]:
+    """Claim -> verdict of a run, see `result`; empty before the first."""
+    return {claim["id"]: claim["verdict"] for claim in (result(slug, folder) or {"claims": []})["claims"]}
+
+
+def prose(measured) -> str:
+    """A measured value in words: a number, text, or a dict or list of them."""
+    if isinstance(measured, dict):
+        return ", ".join(f"{key} {prose(item)}" for key, item in measured.items())
+    if isinstance(measured, list):
+        return ", ".join(map(prose, measured))
+    return "not a number" if measured is None else str(measured)
 
 
 def figures_root():

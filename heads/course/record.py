@@ -102,9 +102,8 @@ def digest(slug, modules, data):
 
 def current(slug, folder=None):
     """Whether the result in a folder (figures/<slug> of the repository) is of this code and this notebook."""
-    path = Path(folder or names.root() / "figures" / slug) / "result.json"
     try:
-        used = json.loads(path.read_text(encoding="utf-8"))["code"]
+        used = papers.result(slug, Path(folder or names.root() / "figures" / slug))["code"]
         return used["sha256"] == digest(slug, used["modules"], used["data"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

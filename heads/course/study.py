@@ -15,8 +15,8 @@ import time
 import numpy as np
 
 from heads import plot
-from heads.course import papers
-from heads.course import record
+from heads.course import papers, record
+from heads.course.papers import prose
 from heads.names import known
 
 
@@ -123,7 +123,7 @@ class Study:
         row = {"id": id, "text": claim.text, "paper": claim.paper, "measured": plain(measured), "verdict": verdict, "why": why}
         self._claims[id] = row
         (self._timed.add if timed else self._timed.discard)(id)
-        here = _text(row["measured"])
+        here = prose(row["measured"])
         return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {claim.paper}. {why}".rstrip())
 
     def summary(self):
@@ -145,7 +145,7 @@ class Study:
         (self._output.work / "result.json").write_text(text + "\n", encoding="utf-8")
         self._output.publish()
         head = ("", "claim", "the paper", "here", "verdict", "why")
-        cells = [(r["id"], r["text"], r["paper"], _text(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
+        cells = [(r["id"], r["text"], r["paper"], prose(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
         return Shown("\n".join(f"{r['id']} {r['verdict']}" for r in rows), _table(head, cells))
 
     def _judged(self):
@@ -223,15 +223,6 @@ def _verdict(id, holds, partly):
     if holds is None:
         return "not tested here"
     return "holds" if holds else "partly" if partly else "fails"
-
-
-def _text(measured):
-    """A measured value in prose."""
-    if isinstance(measured, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in measured.items())
-    if isinstance(measured, list):
-        return ", ".join(_text(item) for item in measured)
-    return "not a number" if measured is None else str(measured)
 
 
 def _table(head, rows):
