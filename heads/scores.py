@@ -47,8 +47,7 @@ class HeadScores:
     """
 
     def __init__(self, values, name: str = "score"):
-        values = values.detach().cpu().numpy() if hasattr(values, "detach") else values
-        self.values, self.name = np.asarray(values, dtype=float), name
+        self.values, self.name = _array(values), name
         if self.values.ndim != 2 or not self.values.size:
             raise ValueError(f"head scores are a [layer, head] table, got shape {self.values.shape}")
         if not np.isfinite(self.values).all():
@@ -103,13 +102,9 @@ class HeadScores:
         k, rng = len(ours), np.random.default_rng(seed)
         if not k:
             raise ValueError("the overlap of two empty sets means nothing: k must be at least 1")
-        mine = np.zeros(self.shape, dtype=bool)
-        for head in ours:
-            mine[head] = True
-        table = np.zeros(self.shape, dtype=bool)
-        for head in theirs:
-            table[head] = True
-        null = np.array([(mine & rng.permuted(table, axis=1)).sum() for _ in range(n_shuffles)])
+        mine, other = np.zeros((2, *self.shape), dtype=bool)
+        mine[tuple(zip(*ours))] = other[tuple(zip(*theirs))] = True
+        null = np.array([(mine & rng.permuted(other, axis=1)).sum() for _ in range(n_shuffles)])
         shared = len(ours & theirs)
         high, p = np.quantile(null, 0.95), (null >= shared).mean()
         return Overlap(k, shared, k * k / len(self), float(null.mean()), float(p), float(high))
@@ -206,7 +201,7 @@ def _draw(like: list[Head], left: list[Head], match: str, rng) -> list[Head]:
 
 
 def _array(x) -> np.ndarray | None:
-    return None if x is None else np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, float)
+    return None if x is None else np.asarray(x.detach().cpu().double() if hasattr(x, "detach") else x, float)
 
 
 class Effects(HeadScores):

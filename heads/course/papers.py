@@ -135,47 +135,37 @@ def parameters(slug):
     return parameters_in(path)
 
 
-def parameters_in(path):
+def parameters_in(path: Path) -> list[Parameter]:
     """The parameters that the notebook file at `path` declares; see `parameters`."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{Path(path).name} has {len(tagged)} cells tagged 'parameters', expected exactly one")
-    return _parse("".join(tagged[0]["source"]), Path(path).name)
-
-
-def _parse(source, where):
+    source, found, line = "".join(tagged[0]["source"]), [], 0
     try:
         statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise _not_plain(error.lineno, where, source) from None
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return [_declared(statement, comments, where, source) for statement in statements]
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        for statement in statements:
+            line = statement.lineno
+            name, default = _declared(statement)
+            found.append(Parameter(name, default, type(default).__name__, comments.get(statement.end_lineno, "")))
+    except (SyntaxError, ValueError, TypeError) as error:
+        line = getattr(error, "lineno", line)
+        text = source.splitlines()[line - 1].strip()
+        raise ValueError(
+            f"{Path(path).name}, parameters cell, line {line}: {text!r} is not `name = literal  # comment`"
+        ) from None
+    return found
 
 
-def _declared(statement, comments, where, source):
-    """One `name = literal  # comment`; anything else would be hidden from papermill."""
-    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-    plain = isinstance(statement, ast.Assign) or (
-        # papermill does not see `n: int | None = 3`, so an annotation is a single name
-        isinstance(statement, ast.AnnAssign) and isinstance(statement.annotation, ast.Name)
-    )
-    try:
-        if not (plain and len(targets) == 1 and isinstance(targets[0], ast.Name)):
-            raise ValueError
-        default = ast.literal_eval(statement.value)
-    except (ValueError, TypeError):
-        raise _not_plain(statement.lineno, where, source) from None
-    return Parameter(targets[0].id, default, type(default).__name__, comments.get(statement.end_lineno, ""))
-
-
-def _not_plain(number, where, source):
-    line = source.splitlines()[number - 1].strip()
-    return ValueError(f"{where}, parameters cell, line {number}: {line!r} is not `name = literal  # comment`")
+def _declared(statement: ast.stmt) -> tuple[str, object]:
+    """Name and value of `name = literal`. ValueError or TypeError for anything else: papermill would not see it."""
+    match statement:
+        # nor does it see `n: int | None = 3`, so an annotation is a single name
+        case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name), ast.Name()):
+            return name, ast.literal_eval(statement.value)
+    raise ValueError
 
 
 def check_parameters(slug, values):

@@ -109,28 +109,26 @@ def current(slug, folder=None):
         return False
 
 
-def versions():
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
     """Versions of what decides a number."""
-    found = {"python": platform.python_version()}
-    for name in ("heads", "torch", "transformers", "nnsight", "numpy", "matplotlib"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    packages = ("heads", "torch", "transformers", "nnsight", "numpy", "matplotlib")
+    return {"python": platform.python_version(), **{name: _installed(name) for name in packages}}
 
 
-def pins():
+def pins() -> list[tuple[str, str, str | None]]:
     """What the installation asked for: (name, pinned version, installed version or None) of each dependency."""
     rows = []
     for requirement in map(Requirement, requires("heads") or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            pin = next(iter(requirement.specifier)).version
-            try:
-                found = version(requirement.name).split("+")[0]  # torch adds its build: 2.13.0+cpu
-            except PackageNotFoundError:
-                found = None
-            rows.append((requirement.name, pin, found))
+            pin, found = next(iter(requirement.specifier)).version, _installed(requirement.name)
+            rows.append((requirement.name, pin, found and found.split("+")[0]))  # torch adds its build: 2.13.0+cpu
     return rows
 
 

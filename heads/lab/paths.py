@@ -114,14 +114,11 @@ def path_scores(model, task: Task, receivers=(), component: str = "q", *, positi
     if not sets:
         raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
     base, source, samples = _patched(model, task, sets, route, named(metric), engine, batch, tokens, progress)
-    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads)
-    mlp = torch.zeros(len(task), model.anatomy.n_layers) if mlp_senders else None
+    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads + 1)  # the last column is the MLPs'
     for row, ((layer, head),) in enumerate(sets):
-        if head == MLP:
-            mlp[:, layer] = samples[row]
-        else:
-            table[:, layer, head] = samples[row]
-    return Effects(table, base, source, f"change of {named(metric).name}", mlps=mlp)
+        table[:, layer, -1 if head == MLP else head] = samples[row]
+    mlps = table[..., -1] if mlp_senders else None
+    return Effects(table[..., :-1], base, source, f"change of {named(metric).name}", mlps=mlps)
 
 
 def path_effect(model, task: Task, senders, receivers=(), component: str = "q", *, position: str = "END",
