@@ -1,5 +1,7 @@
 """One notebook through papermill: checked before, executed aside, reported after."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import sys
@@ -8,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
 
 from heads.course import papers
 
@@ -25,11 +30,11 @@ class Outcome:
     ok: bool
     seconds: float
     notebook: Path
-    verdicts: dict
+    verdicts: dict[str, str]
     error: str = ""
 
 
-def plan(slug, preset=None, values=None):
+def plan(slug: str, preset: str | None = None, values: dict | None = None) -> dict:
     """The parameters of a run, all checked: nothing has been loaded yet.
 
     Raises LookupError for an unknown paper, preset or model, FileNotFoundError for a planned paper,
@@ -44,13 +49,12 @@ def plan(slug, preset=None, values=None):
     return chosen
 
 
-def run(slug, preset=None, values=None):
+def run(slug: str, preset: str | None = None, values: dict | None = None) -> Outcome:
     """Execute a paper's notebook with papermill and return an `Outcome`.
 
     The executed copy goes to runs/<run name>/notebook.ipynb; figures are replaced by the notebook's
     study.verdict(), which it reaches only if everything before went well.
     """
-    import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -74,12 +78,11 @@ def run(slug, preset=None, values=None):
     return Outcome(slug, not error, time.monotonic() - start, out, verdicts, error)
 
 
-def refresh(slug):
+def refresh(slug: str) -> Path:
     """Execute the committed notebook with its defaults and replace it: fresh kernel, in order, no timings.
 
     Raises RuntimeError where a cell fails or the result is too large; the committed file is then as it was.
     """
-    import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -105,10 +108,8 @@ def refresh(slug):
     return path
 
 
-def tidy(notebook):
+def tidy(notebook: NotebookNode) -> NotebookNode:
     """A notebook as it is committed: stable cell ids, no timings, no widget state, one stdout per cell."""
-    import nbformat
-
     for number, cell in enumerate(notebook.cells):
         cell["id"] = hashlib.sha256(f"{number} {cell.source[:60]}".encode()).hexdigest()[:8]
         for key in VOLATILE:

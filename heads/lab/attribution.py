@@ -7,6 +7,8 @@ along the way, and its effects add up. All of them read END, the last position.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import nnsight
 import numpy as np
 import torch
@@ -207,7 +209,7 @@ def _meant(model, task: Task, metric: str | Metric, direction: str, positions) -
 
 @torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
 def attribution_patching(model, task: Task, metric: str | Metric = logit_difference, direction: str = "noising",
-                         positions="END", batch: int = 16) -> Effects:  # fmt: skip
+                         positions: str | Iterable[str] = "END", batch: int = 16) -> Effects:  # fmt: skip
     """A first-order estimate of activation patching, for all heads (and MLPs) from two forwards and one backward.
 
     (a_source - a_base) . gradient of the metric at a_base, with a the head's z (Nanda 2023). It is exact for small
@@ -252,7 +254,7 @@ def _first_order(model, part: Task, read: Metric, positions):
 
 @torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
 def integrated_gradients(model, task: Task, metric: str | Metric = logit_difference, *, source: str = "corrupted",
-                         direction: str = "noising", positions="END", steps: int = 8,
+                         direction: str = "noising", positions: str | Iterable[str] = "END", steps: int = 8,
                          batch: int = 16) -> Effects:  # fmt: skip
     """Effects that add up: gradients along the way from all heads as they are to all heads replaced.
 

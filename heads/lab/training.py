@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from heads.names import known
 
 SCHEDULES = ("constant", "linear")
+Trained = torch.Tensor | Iterable[torch.Tensor] | Mapping[str, torch.Tensor] | nn.Module  # or what has .parameters()
 
 
 @contextmanager
@@ -69,7 +71,7 @@ class Training:
         return f"Training({len(self.losses)} steps, {ends}kept the state after {self.kept} updates; {self.stopped})"
 
 
-def parameters_of(trained) -> list[torch.Tensor]:
+def parameters_of(trained: Trained) -> list[torch.Tensor]:
     """The tensors to train, of a tensor, a list or dict of them, or anything with `.parameters()`.
 
     Raises:
@@ -88,9 +90,10 @@ def parameters_of(trained) -> list[torch.Tensor]:
     return found
 
 
-def fit(trained, loss: Callable[[list], torch.Tensor], data: Sequence, *, steps: int, batch: int = 8, lr: float = 1e-3,
-        weight_decay: float = 0.0, schedule: str = "constant", validate: Callable[[], float] | None = None,
-        every: int = 50, seed: int = 0, name: str = "training") -> Training:  # fmt: skip
+def fit(trained: Trained, loss: Callable[[list], torch.Tensor], data: Sequence, *, steps: int, batch: int = 8,
+        lr: float = 1e-3, weight_decay: float = 0.0, schedule: str = "constant",
+        validate: Callable[[], float] | None = None, every: int = 50, seed: int = 0,
+        name: str = "training") -> Training:  # fmt: skip
     """Train a few tensors with AdamW (Adam, where weight_decay is 0) on shuffled batches.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from heads.model import anatomy, attention, checks, zoo
 from heads.model.families import family_of
@@ -48,7 +48,7 @@ class Model(TransformersModel):
                 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             return super().interleave(*args, **kwargs)
 
-    def ids(self, text) -> torch.Tensor:
+    def ids(self, text: str) -> torch.Tensor:
         """Token ids of a text `[1, position]`, with the tokenizer's own special tokens."""
         return self.tokenizer(text, return_tensors="pt").input_ids.to(self.device)
 
@@ -102,7 +102,7 @@ def _quietly():
             logging.enable_progress_bar()
 
 
-def wrap(module: torch.nn.Module, tokenizer) -> Model:
+def wrap(module: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Model:
     """A transformers module that exists already, with the standard names; `load` also checks and records it."""
     module.set_attn_implementation(attention.NAME)
     with _quietly():

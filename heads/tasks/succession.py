@@ -6,7 +6,7 @@ The lists of Gould et al. (2023, arXiv 2312.09230), as prompts and as tokens for
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,7 +64,7 @@ class TokenList:
         return f"TokenList({self.name!r}, {self.form!r}, {len(self)} items, {len(self.pairs)} pairs)"
 
 
-def succession_lists(model, which=None, least: int = 4) -> list[TokenList]:
+def succession_lists(model, which: str | Iterable[str] | None = None, least: int = 4) -> list[TokenList]:
     """Every list in every surface form, with the items that are one token.
 
     Args:
@@ -159,8 +159,8 @@ def checked(lists: Lists, with_input: bool) -> dict[str, tuple[torch.Tensor, tor
     return found
 
 
-def succession(model, which="days", n: int | None = None, seed: int = 0, length: int = 4, flipped: bool = False,
-               corruption: str = "window") -> Task:  # fmt: skip
+def succession(model, which: str | Iterable[str] = "days", n: int | None = None, seed: int = 0, length: int = 4,
+               flipped: bool = False, corruption: str = "window") -> Task:  # fmt: skip
     """`length` items of a list in order, separated by commas; the answer is the next one.
 
     Foils are the other items of the list (in a task of several lists, as many as the shortest allows, those
