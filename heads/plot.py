@@ -4,6 +4,9 @@ Colour-blind safe, readable at slide size, and the same bytes on every run: a fi
 that has not changed makes no difference in git.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from cycler import cycler
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 from PIL import Image
 
 # Okabe and Ito (2008), without yellow, which vanishes on white; black comes last.
@@ -61,16 +66,17 @@ RC = {
 }
 
 
-def style():
+def style() -> None:
     """Apply the house style to matplotlib; `Study` calls it once."""
     plt.rcParams.update(RC)
 
 
-def heatmap(values, ax=None, *, label="score", center=None, vmin=None, vmax=None,
-            highlight=(), title=None):
+def heatmap(values: ArrayLike, ax: plt.Axes | None = None, *, label: str = "score", center: int | None = None,
+            vmin: float | None = None, vmax: float | None = None, highlight: Iterable[tuple[int, int]] = (),
+            title: str | None = None) -> plt.Axes:  # fmt: skip
     """Draw a layer x head map and return its axes.
 
-    values: array [layer, head]; NaN is drawn grey. Layer 0 is the top row, as in a printed
+    values: array or HeadScores [layer, head]; NaN is drawn grey. Layer 0 is the top row, as in a printed
     matrix. The map is sequential for values of one sign; it diverges symmetrically about
     zero where a value is negative or `center=0`. highlight: (layer, head) pairs to frame.
     label names the quantity (with its unit) on the colour bar.
@@ -114,7 +120,8 @@ def _scale(values, center, vmin, vmax):
     return plt.get_cmap(name).with_extremes(bad="#D9D9D9"), limits
 
 
-def band(ax, x, samples, label=None, color=None):
+def band(ax: plt.Axes, x: ArrayLike, samples: ArrayLike, label: str | None = None,
+         color: str | None = None) -> Line2D:  # fmt: skip
     """Draw the mean of several sets as a line, with the interval that holds 95 % of the sets.
 
     samples: array [set, x]. The band is the spread of the sets (2.5 to 97.5 percentile), not the
@@ -131,7 +138,7 @@ def band(ax, x, samples, label=None, color=None):
     return line
 
 
-def save(fig, stem, data=None):
+def save(fig: plt.Figure, stem: str | Path, data: Mapping | pd.DataFrame | None = None) -> list[Path]:
     """Write `stem`.png, `stem`.svg and, with data, `stem`.csv; return the paths.
 
     data: a DataFrame or a mapping of columns, the numbers behind the picture (6 digits).
@@ -147,7 +154,9 @@ def save(fig, stem, data=None):
     return [png, svg, *_table(stem, data)]
 
 
-def animation(fig, draw, frames, stem, data=None, *, seconds=5.0, hold=1.5, dpi=80):
+def animation(fig: plt.Figure, draw: Callable[[object], object], frames: Iterable, stem: str | Path,
+              data: Mapping | pd.DataFrame | None = None, *, seconds: float = 5.0, hold: float = 1.5,
+              dpi: int = 80) -> list[Path]:  # fmt: skip
     """Write a figure that moves as `stem`.png and `stem`.gif and, with data, `stem`.csv; return the paths.
 
     draw(frame) changes the figure, once for each of `frames`. They take `seconds` together; then the last one

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from heads.names import known
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 Head = tuple[int, int]
 
@@ -32,6 +39,7 @@ class Overlap:
 
     @property
     def share(self) -> float:
+        """Shared heads as a share of k."""
         return self.shared / self.k
 
 
@@ -46,9 +54,8 @@ class HeadScores:
         ValueError: if the table is not two-dimensional or holds NaN.
     """
 
-    def __init__(self, values, name: str = "score"):
-        values = values.detach().cpu().numpy() if hasattr(values, "detach") else values
-        self.values, self.name = np.asarray(values, dtype=float), name
+    def __init__(self, values: ArrayLike, name: str = "score"):
+        self.values, self.name = _array(values), name
         if self.values.ndim != 2 or not self.values.size:
             raise ValueError(f"head scores are a [layer, head] table, got shape {self.values.shape}")
         if not np.isfinite(self.values).all():
@@ -56,6 +63,7 @@ class HeadScores:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(layers, heads)."""
         return self.values.shape
 
     def __len__(self) -> int:
@@ -92,29 +100,25 @@ class HeadScores:
         """Heads with a score above the threshold, best first."""
         return [head for head in self.rank() if self[head] > threshold]
 
-    def _same_shape(self, other: "HeadScores") -> None:
+    def _same_shape(self, other: HeadScores) -> None:
         if self.shape != other.shape:
             raise ValueError(f"cannot compare {self.shape} heads with {other.shape}: scores of one model only")
 
-    def overlap(self, other: "HeadScores", k: int | float, n_shuffles: int = 1000, seed: int = 0) -> Overlap:
+    def overlap(self, other: HeadScores, k: int | float, n_shuffles: int = 1000, seed: int = 0) -> Overlap:
         """Overlap of the two top-k sets, with the chance expectation and a within-layer shuffle null."""
         self._same_shape(other)
         ours, theirs = set(self.top(k)), set(other.top(k))
         k, rng = len(ours), np.random.default_rng(seed)
         if not k:
             raise ValueError("the overlap of two empty sets means nothing: k must be at least 1")
-        mine = np.zeros(self.shape, dtype=bool)
-        for head in ours:
-            mine[head] = True
-        table = np.zeros(self.shape, dtype=bool)
-        for head in theirs:
-            table[head] = True
-        null = np.array([(mine & rng.permuted(table, axis=1)).sum() for _ in range(n_shuffles)])
+        mine, other = np.zeros((2, *self.shape), dtype=bool)
+        mine[tuple(zip(*ours))] = other[tuple(zip(*theirs))] = True
+        null = np.array([(mine & rng.permuted(other, axis=1)).sum() for _ in range(n_shuffles)])
         shared = len(ours & theirs)
         high, p = np.quantile(null, 0.95), (null >= shared).mean()
         return Overlap(k, shared, k * k / len(self), float(null.mean()), float(p), float(high))
 
-    def correlate(self, other: "HeadScores", method: str = "pearson") -> float:
+    def correlate(self, other: HeadScores, method: str = "pearson") -> float:
         """Correlation over heads ("pearson" or "spearman"). A constant table has none: ValueError."""
         from scipy import stats
 
@@ -125,13 +129,13 @@ class HeadScores:
         function = stats.pearsonr if method == "pearson" else stats.spearmanr
         return float(function(self.values.ravel(), other.values.ravel())[0])
 
-    def heatmap(self, ax=None, **kwargs):
+    def heatmap(self, ax: Axes | None = None, **kwargs) -> Axes:
         """Draw the table, layer by head; keywords go to `heads.plot.heatmap`."""
         from heads import plot
 
         return plot.heatmap(self.values, ax=ax, **{"label": self.name, **kwargs})
 
-    def to_frame(self):
+    def to_frame(self) -> DataFrame:
         """One row per head: layer, head, and the score in a column with the table's name."""
         import pandas as pd
 
@@ -139,27 +143,32 @@ class HeadScores:
         return pd.DataFrame({"layer": layer, "head": head, self.name: self.values.ravel()})
 
     def to_dict(self) -> dict:
+        """What JSON can hold; `from_dict` reads it."""
         return {"layers": self.shape[0], "heads": self.shape[1], "values": self.values.tolist()}
 
     @classmethod
-    def from_dict(cls, data: dict, name: str = "score") -> "HeadScores":
+    def from_dict(cls, data: dict, name: str = "score") -> HeadScores:
+        """What `to_dict` wrote. ValueError where its shape is not that of its values."""
         scores = cls(data["values"], name)
         if scores.shape != (data["layers"], data["heads"]):
             raise ValueError(f"the record says {data['layers']} x {data['heads']} heads, its values are {scores.shape}")
         return scores
 
-    def save(self, path) -> Path:
+    def save(self, path: str | Path) -> Path:
+        """Write name and values as JSON."""
         path = Path(path)
         path.write_text(json.dumps({"name": self.name, **self.to_dict()}) + "\n")
         return path
 
     @classmethod
-    def load(cls, path) -> "HeadScores":
+    def load(cls, path: str | Path) -> HeadScores:
+        """What `save` wrote."""
         data = json.loads(Path(path).read_text())
         return cls.from_dict(data, data["name"])
 
 
-def random_heads(like, shape: tuple[int, int], match: str = "layer", n_sets: int = 5, exclude=(), seed: int = 0):
+def random_heads(like: Iterable[Head], shape: tuple[int, int], match: str = "layer", n_sets: int = 5,
+                 exclude: Iterable[Head] = (), seed: int = 0) -> list[list[Head]]:  # fmt: skip
     """Control sets: as many random heads as `like`, none of them in `like` or `exclude`.
 
     Args:
@@ -206,7 +215,7 @@ def _draw(like: list[Head], left: list[Head], match: str, rng) -> list[Head]:
 
 
 def _array(x) -> np.ndarray | None:
-    return None if x is None else np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, float)
+    return None if x is None else np.asarray(x.detach().cpu().double() if hasattr(x, "detach") else x, float)
 
 
 class Effects(HeadScores):
@@ -222,7 +231,8 @@ class Effects(HeadScores):
         ValueError: if shapes disagree.
     """
 
-    def __init__(self, samples, base, source=None, name: str = "change of logit difference", mlps=None):
+    def __init__(self, samples: ArrayLike, base: ArrayLike, source: ArrayLike | None = None,
+                 name: str = "change of logit difference", mlps: ArrayLike | None = None):  # fmt: skip
         self.samples, self.base, self.source, self.mlp_samples = map(_array, (samples, base, source, mlps))
         if self.samples.ndim != 3 or self.base.shape != self.samples.shape[:1]:
             raise ValueError(

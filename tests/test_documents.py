@@ -344,16 +344,12 @@ def test_stopped_by_the_keyboard_it_says_how_to_go_on(tmp_path, monkeypatch, cap
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_scored", interrupted)
-    monkeypatch.setattr(sys, "argv", ["heads", "score-documents", "in", "out", "--scores", "scores"])
+    write(tmp_path / "in", corpus(1))
+    heads.HeadScores(torch.ones(4, 4)).save(tmp_path / "scores")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(documents, "score_documents", interrupted)
+    words = "score-documents in out --scores scores --model tiny-llama --device cpu"
+    monkeypatch.setattr(sys, "argv", ["heads", *words.split()])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 130 and "the same command goes on from out.partial" in capsys.readouterr().err
-
-
-def test_parquet_where_it_is_installed(llama, tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
-    score_documents(llama, corpus(3), tmp_path / "s", CONDITIONS)
-    assert documents.to_parquet(tmp_path / "s", tmp_path / "parts") == 1
-    assert len(pandas.read_parquet(tmp_path / "parts")) == 3

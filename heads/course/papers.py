@@ -4,6 +4,8 @@ its notebook's parameters, its presets and the result of its last run.
 Light on purpose (no torch, no matplotlib): the command line answers from here.
 """
 
+from __future__ import annotations
+
 import ast
 import hashlib
 import io
@@ -64,12 +66,12 @@ def _read(folder):
     return yaml.load((folder / "data" / "papers.yaml").read_text(encoding="utf-8"), _Loader)
 
 
-def parts():
+def parts() -> dict[int, str]:
     """The parts of the course: number -> title."""
     return dict(_read(root())["parts"])
 
 
-def papers():
+def papers() -> list[Paper]:
     """All papers, in the order of the course."""
     return list(_papers(root()))
 
@@ -82,7 +84,7 @@ def _papers(folder):
     )
 
 
-def paper(slug):
+def paper(slug: str) -> Paper:
     """The paper with this slug. Raises LookupError with the nearest slugs."""
     found = {p.slug: p for p in papers()}
     if slug not in found:  # not all 34 in the message: `heads list` shows them better
@@ -90,18 +92,32 @@ def paper(slug):
     return found[slug]
 
 
-def notebook(slug):
+def notebook(slug: str) -> Path:
     """Where the paper's notebook is, or will be: notebooks/NN_slug_with_underscores.ipynb."""
     return root() / "notebooks" / f"{paper(slug).number}_{slug.replace('-', '_')}.ipynb"
 
 
-def result(slug):
-    """The parsed figures/<slug>/result.json of the last default run, or None before the first."""
-    path = figures_root() / paper(slug).slug / "result.json"
+def result(slug: str, folder: Path | None = None) -> dict | None:
+    """The parsed result.json of a run's folder (figures/<slug>, the last default run), or None before the first."""
+    path = (folder or figures_root() / paper(slug).slug) / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def figures_root():
+def verdicts(slug: str, folder: Path | None = None) -> dict[str, str]:
+    """Claim -> verdict of a run, see `result`; empty before the first."""
+    return {claim["id"]: claim["verdict"] for claim in (result(slug, folder) or {"claims": []})["claims"]}
+
+
+def prose(measured: object) -> str:
+    """A measured value in words: a number, text, or a dict or list of them."""
+    if isinstance(measured, dict):
+        return ", ".join(f"{key} {prose(item)}" for key, item in measured.items())
+    if isinstance(measured, list):
+        return ", ".join(map(prose, measured))
+    return "not a number" if measured is None else str(measured)
+
+
+def figures_root() -> Path:
     """Where default runs publish: figures/ of the repository, or the variable HEADS_FIGURES."""
     return Path(os.environ.get("HEADS_FIGURES") or root() / "figures")
 
@@ -109,7 +125,7 @@ def figures_root():
 # ---- parameters ---------------------------------------------------------------------------
 
 
-def parameters(slug):
+def parameters(slug: str) -> list[Parameter]:
     """What the notebook's parameters cell declares: a list of `Parameter`.
 
     Raises FileNotFoundError for a paper without a notebook, ValueError where the notebook has
@@ -121,50 +137,40 @@ def parameters(slug):
     return parameters_in(path)
 
 
-def parameters_in(path):
+def parameters_in(path: Path) -> list[Parameter]:
     """The parameters that the notebook file at `path` declares; see `parameters`."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{Path(path).name} has {len(tagged)} cells tagged 'parameters', expected exactly one")
-    return _parse("".join(tagged[0]["source"]), Path(path).name)
-
-
-def _parse(source, where):
+    source, found, line = "".join(tagged[0]["source"]), [], 0
     try:
         statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise _not_plain(error.lineno, where, source) from None
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return [_declared(statement, comments, where, source) for statement in statements]
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        for statement in statements:
+            line = statement.lineno
+            name, default = _declared(statement)
+            found.append(Parameter(name, default, type(default).__name__, comments.get(statement.end_lineno, "")))
+    except (SyntaxError, ValueError, TypeError) as error:
+        line = getattr(error, "lineno", line)
+        text = source.splitlines()[line - 1].strip()
+        raise ValueError(
+            f"{Path(path).name}, parameters cell, line {line}: {text!r} is not `name = literal  # comment`"
+        ) from None
+    return found
 
 
-def _declared(statement, comments, where, source):
-    """One `name = literal  # comment`; anything else would be hidden from papermill."""
-    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-    plain = isinstance(statement, ast.Assign) or (
-        # papermill does not see `n: int | None = 3`, so an annotation is a single name
-        isinstance(statement, ast.AnnAssign) and isinstance(statement.annotation, ast.Name)
-    )
-    try:
-        if not (plain and len(targets) == 1 and isinstance(targets[0], ast.Name)):
-            raise ValueError
-        default = ast.literal_eval(statement.value)
-    except (ValueError, TypeError):
-        raise _not_plain(statement.lineno, where, source) from None
-    return Parameter(targets[0].id, default, type(default).__name__, comments.get(statement.end_lineno, ""))
+def _declared(statement: ast.stmt) -> tuple[str, object]:
+    """Name and value of `name = literal`. ValueError or TypeError for anything else: papermill would not see it."""
+    match statement:
+        # nor does it see `n: int | None = 3`, so an annotation is a single name
+        case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name), ast.Name()):
+            return name, ast.literal_eval(statement.value)
+    raise ValueError
 
 
-def _not_plain(number, where, source):
-    line = source.splitlines()[number - 1].strip()
-    return ValueError(f"{where}, parameters cell, line {number}: {line!r} is not `name = literal  # comment`")
-
-
-def check_parameters(slug, values):
+def check_parameters(slug: str, values: dict) -> None:
     """Refuse what the notebook would not understand: {name: value} against its declarations.
 
     An int passes for a float, a bool never for a number; a default of None takes anything; list
@@ -207,19 +213,19 @@ def _kind(default):
 # ---- presets and the name of a run --------------------------------------------------------
 
 
-def presets(slug):
+def presets(slug: str) -> dict[str, dict]:
     """{preset: {parameter: value}} from data/presets/<slug>.yaml; empty without that file."""
     path = root() / "data" / "presets" / f"{paper(slug).slug}.yaml"
     return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {} if path.is_file() else {}
 
 
-def preset(slug, name):
+def preset(slug: str, name: str) -> dict:
     """The parameters of one preset. Raises LookupError with the nearest name."""
     found = presets(slug)
     return found[known(f"preset of {slug}", name, found)]
 
 
-def preset_of(slug, values):
+def preset_of(slug: str, values: dict) -> str:
     """Which preset these parameters are: 'default', a preset's name, or 'custom'.
 
     A paper without a notebook has no defaults to differ from: 'default'.
@@ -237,7 +243,7 @@ def _complete(slug, values):
     return json.loads(json.dumps({**{p.name: p.default for p in parameters(slug)}, **values}))
 
 
-def run_name(slug, values):
+def run_name(slug: str, values: dict) -> str:
     """The name of a run's folder: slug-preset, or slug-digest for parameters of one's own."""
     name = preset_of(slug, values)
     if name == "custom":
@@ -246,12 +252,12 @@ def run_name(slug, values):
     return f"{slug}-{name}"
 
 
-def run_folder(slug, values):
+def run_folder(slug: str, values: dict) -> Path:
     """The ignored folder runs/<run name> of the repository, for the executed copy of a notebook."""
     return root() / "runs" / run_name(slug, values)
 
 
-def figures_folder(slug, values):
+def figures_folder(slug: str, values: dict) -> Path:
     """Where a run with these parameters publishes its figures and result.json.
 
     Only a default run goes to figures/<slug>; any other stays in its run folder, or, where

@@ -1,5 +1,7 @@
 """What a run leaves behind: a folder that is replaced as a whole, and a record of where it ran."""
 
+from __future__ import annotations
+
 import atexit
 import json
 import os
@@ -26,7 +28,7 @@ class Folder:
     is removed, and a swap that it did not finish is undone, at the next start.
     """
 
-    def __init__(self, target):
+    def __init__(self, target: str | Path):
         self.target = Path(target)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._aside("lock"))
@@ -38,7 +40,7 @@ class Folder:
         self.work.mkdir()
         atexit.register(shutil.rmtree, self.work, ignore_errors=True)
 
-    def publish(self):
+    def publish(self) -> None:
         """Swap a copy of `work` in, by two renames; if that fails, the old folder is put back."""
         new, old = self._aside(f"new-{self._owner}"), self._aside(f"old-{self._owner}")
         shutil.rmtree(new, ignore_errors=True)
@@ -70,7 +72,7 @@ class Folder:
                         shutil.rmtree(left, ignore_errors=True)
 
 
-def code(slug):
+def code(slug: str) -> dict:
     """What a paper's result rests on: the modules of heads that this process has imported, the files of data/ that it
     has read, and one digest of them with the paper's entry and the code of its notebook (see `digest`)."""
     package = Path(__file__).parents[1]
@@ -80,7 +82,7 @@ def code(slug):
     return {"sha256": digest(slug, **used), **used}
 
 
-def digest(slug, modules, data):
+def digest(slug: str, modules: list[str], data: list[str]) -> str:
     """SHA-256 of these modules, the façade's rows that lead to them, these data, and the paper's claims and code cells.
 
     Outputs and prose do not enter, nor does any module that the notebook has not imported: adding a verb or editing
@@ -103,42 +105,39 @@ def digest(slug, modules, data):
     return found.hexdigest()
 
 
-def current(slug, folder=None):
+def current(slug: str, folder: str | Path | None = None) -> bool:
     """Whether the result in a folder (figures/<slug> of the repository) is of this code and this notebook."""
-    path = Path(folder or names.root() / "figures" / slug) / "result.json"
     try:
-        used = json.loads(path.read_text(encoding="utf-8"))["code"]
+        used = papers.result(slug, Path(folder or names.root() / "figures" / slug))["code"]
         return used["sha256"] == digest(slug, used["modules"], used["data"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def versions():
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
     """Versions of what decides a number."""
-    found = {"python": platform.python_version()}
-    for name in ("heads", "torch", "transformers", "nnsight", "numpy", "matplotlib"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    packages = ("heads", "torch", "transformers", "nnsight", "numpy", "matplotlib")
+    return {"python": platform.python_version(), **{name: _installed(name) for name in packages}}
 
 
-def pins():
+def pins() -> list[tuple[str, str, str | None]]:
     """What the installation asked for: (name, pinned version, installed version or None) of each dependency."""
     rows = []
     for requirement in map(Requirement, requires("heads") or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            pin = next(iter(requirement.specifier)).version
-            try:
-                found = version(requirement.name).split("+")[0]  # torch adds its build: 2.13.0+cpu
-            except PackageNotFoundError:
-                found = None
-            rows.append((requirement.name, pin, found))
+            pin, found = next(iter(requirement.specifier)).version, _installed(requirement.name)
+            rows.append((requirement.name, pin, found and found.split("+")[0]))  # torch adds its build: 2.13.0+cpu
     return rows
 
 
-def hardware():
+def hardware() -> dict:
     """The machine in words; no host, user or path."""
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
@@ -151,7 +150,7 @@ def hardware():
     }
 
 
-def peak_memory_bytes():
+def peak_memory_bytes() -> int:
     """Peak memory of this process: on the GPU where there is one, else resident."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():

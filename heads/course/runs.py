@@ -1,12 +1,18 @@
 """One notebook through papermill: checked before, executed aside, reported after."""
 
+from __future__ import annotations
+
 import hashlib
 import os
-import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
 
 from heads.course import papers
 
@@ -24,11 +30,11 @@ class Outcome:
     ok: bool
     seconds: float
     notebook: Path
-    verdicts: dict
+    verdicts: dict[str, str]
     error: str = ""
 
 
-def plan(slug, preset=None, values=None):
+def plan(slug: str, preset: str | None = None, values: dict | None = None) -> dict:
     """The parameters of a run, all checked: nothing has been loaded yet.
 
     Raises LookupError for an unknown paper, preset or model, FileNotFoundError for a planned paper,
@@ -43,7 +49,7 @@ def plan(slug, preset=None, values=None):
     return chosen
 
 
-def run(slug, preset=None, values=None):
+def run(slug: str, preset: str | None = None, values: dict | None = None) -> Outcome:
     """Execute a paper's notebook with papermill and return an `Outcome`.
 
     The executed copy goes to runs/<run name>/notebook.ipynb; figures are replaced by the notebook's
@@ -56,7 +62,8 @@ def run(slug, preset=None, values=None):
     source, folder = papers.notebook(slug), papers.run_folder(slug, chosen)
     folder.mkdir(parents=True, exist_ok=True)
     out, start, error = folder / "notebook.ipynb", time.monotonic(), ""
-    print(f"{slug}: {len(_code_cells(source))} cells, executed copy in {_shown(out)}", file=sys.stderr)
+    cells = sum(cell.cell_type == "code" for cell in nbformat.read(source, as_version=4).cells)
+    print(f"{slug}: {cells} cells, executed copy in {os.path.relpath(out)}", file=sys.stderr)
     try:
         with _own_kernel():
             papermill.execute_notebook(
@@ -64,19 +71,18 @@ def run(slug, preset=None, values=None):
                 progress_bar=sys.stderr.isatty() and {"desc": slug}, log_output=False,
             )  # fmt: skip
     except papermill.PapermillExecutionError as failed:
-        error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}\nThe executed copy is {_shown(out)}"
+        error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}\nThe executed copy is {os.path.relpath(out)}"
     except DeadKernelError:
-        error = f"{DIED}\nThe executed copy, up to there, is {_shown(out)}"
-    verdicts = {} if error else _verdicts(papers.figures_folder(slug, chosen))
+        error = f"{DIED}\nThe executed copy, up to there, is {os.path.relpath(out)}"
+    verdicts = {} if error else papers.verdicts(slug, papers.figures_folder(slug, chosen))
     return Outcome(slug, not error, time.monotonic() - start, out, verdicts, error)
 
 
-def refresh(slug):
+def refresh(slug: str) -> Path:
     """Execute the committed notebook with its defaults and replace it: fresh kernel, in order, no timings.
 
     Raises RuntimeError where a cell fails or the result is too large; the committed file is then as it was.
     """
-    import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -102,10 +108,8 @@ def refresh(slug):
     return path
 
 
-def tidy(notebook):
+def tidy(notebook: NotebookNode) -> NotebookNode:
     """A notebook as it is committed: stable cell ids, no timings, no widget state, one stdout per cell."""
-    import nbformat
-
     for number, cell in enumerate(notebook.cells):
         cell["id"] = hashlib.sha256(f"{number} {cell.source[:60]}".encode()).hexdigest()[:8]
         for key in VOLATILE:
@@ -132,35 +136,14 @@ def _merged(outputs):
     return kept
 
 
-class _own_kernel:
+@contextmanager
+def _own_kernel() -> Iterator[None]:
     """Make `python3` this interpreter: its own kernelspec before any in the user's home."""
-
-    def __enter__(self):
-        self._before = os.environ.get("JUPYTER_PATH")
-        own = str(Path(sys.prefix) / "share" / "jupyter")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [own, self._before]))
-
-    def __exit__(self, *_):
-        if self._before is None:
-            os.environ.pop("JUPYTER_PATH", None)
-        else:
-            os.environ["JUPYTER_PATH"] = self._before
-
-
-def _code_cells(path):
-    import nbformat
-
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-
-
-def _verdicts(folder):
-    import json
-
-    path = folder / "result.json"
-    claims = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
-    return {claim["id"]: claim["verdict"] for claim in claims}
-
-
-def _shown(path):
-    """A path as a user would type it."""
-    return os.path.relpath(re.sub(r"/+$", "", str(path)))
+    before, own = os.environ.get("JUPYTER_PATH"), str(Path(sys.prefix) / "share" / "jupyter")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [own, before]))
+    try:
+        yield
+    finally:
+        del os.environ["JUPYTER_PATH"]
+        if before is not None:
+            os.environ["JUPYTER_PATH"] = before

@@ -7,23 +7,34 @@
     study.verdict()     # publishes figures/retrieval-head/ with result.json, all or nothing
 """
 
+from __future__ import annotations
+
 import json
 import random
 import re
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from heads import plot
-from heads.course import papers
-from heads.course import record
+from heads.course import papers, record
+from heads.course.papers import prose
 from heads.names import known
+
+if TYPE_CHECKING:
+    from heads.scores import HeadScores  # not imported: a study that has none does not depend on them
+
+M = TypeVar("M")
 
 
 class Shown:
     """Text for a terminal and Markdown for a notebook; a picture has a PNG as well."""
 
-    def __init__(self, text, markdown=None, png=None):
+    def __init__(self, text: str, markdown: str | None = None, png: bytes | None = None):
         self._mimes = {"text/plain": text, "text/markdown": markdown, "image/png": png}
 
     def __str__(self):
@@ -46,7 +57,7 @@ class Study:
     parameter.
     """
 
-    def __init__(self, slug, **parameters):
+    def __init__(self, slug: str, **parameters):
         self.paper = papers.paper(slug)
         self.parameters = parameters
         self.seed = parameters.get("seed", 0)
@@ -58,13 +69,13 @@ class Study:
         self._models, self._figures, self._scores, self._claims, self._timed = [], {}, {}, {}, set()
         self._start = time.monotonic()
 
-    def claims(self):
+    def claims(self) -> Shown:
         """The paper's claims, with its own numbers and what will count as *holds* here."""
         head = ("", "claim", "the paper", "where", "holds here if")
         rows = [(c.id, c.text, c.paper, c.where or "", c.holds) for c in self.paper.claims]
         return Shown("\n".join(f"{id} {text} Holds if: {holds}" for id, text, _, _, holds in rows), _table(head, rows))
 
-    def uses(self, model):
+    def uses(self, model: M) -> M:
         """Record a model that `heads.load` returned (name, revision, SHA-256 of its weights); returns it."""
         about = getattr(model, "record", None)
         if not isinstance(about, dict):
@@ -73,7 +84,7 @@ class Study:
         self._models = [m for m in self._models if m != kept] + [kept]
         return model
 
-    def figure(self, fig, name, data=None, caption=""):
+    def figure(self, fig: Figure, name: str, data: Mapping | DataFrame | None = None, caption: str = "") -> None:
         """Keep a matplotlib figure as png, svg and (the numbers in data) csv, and show it once.
 
         name is the file's stem, such as '1-bands'. In a notebook the picture and its caption
@@ -81,7 +92,8 @@ class Study:
         """
         self._keep(name, caption, fig, lambda stem: plot.save(fig, stem, data))
 
-    def animation(self, fig, draw, frames, name, data=None, caption="", **timing):
+    def animation(self, fig: Figure, draw: Callable[[object], object], frames: Iterable, name: str,
+                  data: Mapping | DataFrame | None = None, caption: str = "", **timing: float) -> None:  # fmt: skip
         """Keep a figure that moves, and show it: `draw(frame)` changes it, once for each of `frames`.
 
         Kept as png (it plays in a browser and stands still on paper), gif (for slides) and, with data, csv.
@@ -100,11 +112,12 @@ class Study:
         if caption:
             _display(Shown(caption, f"*{caption}*"))
 
-    def scores(self, name, scores):
+    def scores(self, name: str, scores: HeadScores) -> None:
         """Keep a HeadScores, as data, in result.json under this name."""
         self._scores[name] = plain(scores.to_dict(), digits=6)
 
-    def claim(self, id, *, measured, holds, partly=False, why="", timed=False):
+    def claim(self, id: str, *, measured: object, holds: bool | None, partly: bool = False, why: str = "",
+              timed: bool = False) -> Shown:  # fmt: skip
         """Judge one claim; shows and keeps the measured value and the verdict.
 
         measured: text, a number, or a dict of them (4 digits are kept). holds: True, False, or
@@ -123,10 +136,10 @@ class Study:
         row = {"id": id, "text": claim.text, "paper": claim.paper, "measured": plain(measured), "verdict": verdict, "why": why}
         self._claims[id] = row
         (self._timed.add if timed else self._timed.discard)(id)
-        here = _text(row["measured"])
+        here = prose(row["measured"])
         return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {claim.paper}. {why}".rstrip())
 
-    def summary(self):
+    def summary(self) -> None:
         """Print one line for each claim, `C1 holds`, and nothing that differs between machines.
 
         This is the cell to tag `nbval-check-output`: `verdict()` shows measured numbers, whose
@@ -135,7 +148,7 @@ class Study:
         rows = [(row["id"], "timed" if row["id"] in self._timed else row["verdict"]) for row in self._judged()]
         print("\n".join(f"{id} {verdict}" for id, verdict in rows))
 
-    def verdict(self):
+    def verdict(self) -> Shown:
         """Publish figures and result.json in one step, and return the closing table.
 
         Raises ValueError where a claim of the paper was never judged, naming it.
@@ -145,7 +158,7 @@ class Study:
         (self._output.work / "result.json").write_text(text + "\n", encoding="utf-8")
         self._output.publish()
         head = ("", "claim", "the paper", "here", "verdict", "why")
-        cells = [(r["id"], r["text"], r["paper"], _text(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
+        cells = [(r["id"], r["text"], r["paper"], prose(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
         return Shown("\n".join(f"{r['id']} {r['verdict']}" for r in rows), _table(head, cells))
 
     def _judged(self):
@@ -178,7 +191,7 @@ class Study:
         return found | ({"other_models": self._models[1:]} if self._models[1:] else {})
 
 
-def plain(value, digits=4):
+def plain(value: object, digits: int = 4) -> object:
     """A value as JSON data: numpy and torch become lists, floats keep `digits`, NaN becomes None.
 
     Raises TypeError for what is no number, text, or collection of them.
@@ -223,15 +236,6 @@ def _verdict(id, holds, partly):
     if holds is None:
         return "not tested here"
     return "holds" if holds else "partly" if partly else "fails"
-
-
-def _text(measured):
-    """A measured value in prose."""
-    if isinstance(measured, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in measured.items())
-    if isinstance(measured, list):
-        return ", ".join(_text(item) for item in measured)
-    return "not a number" if measured is None else str(measured)
 
 
 def _table(head, rows):

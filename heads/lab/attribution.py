@@ -7,7 +7,7 @@ along the way, and its effects add up. All of them read END, the last position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import nnsight
 import numpy as np
@@ -53,19 +53,9 @@ def _read(part: Task, read: Metric, logits: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------- direct attribution
 
 
-@dataclass
-class _Ends:
-    """What a batch writes at END: `embedding`, `last` `[prompt, d_model]`, `z` `[layer, prompt, head, d_head]`,
-    `mlp` `[layer, prompt, d_model]` (float32, first device) and the metric's `logits` `[prompt, column]`."""
-
-    embedding: torch.Tensor
-    last: torch.Tensor
-    z: torch.Tensor
-    mlp: torch.Tensor
-    logits: torch.Tensor
-
-
-def _ends(model, part: Task) -> _Ends:
+def _ends(model, part: Task) -> tuple[torch.Tensor, ...]:
+    """What a batch writes at END: the embedding and the last stream, `[prompt, d_model]`, z `[layer, prompt, head, d_head]`,
+    MLPs `[layer, prompt, d_model]`, and the logits `[prompt, vocabulary]`; float32, on the last layer's device."""
     after = (row_of(model).post_norms or ("", "mlp"))[1]
     with torch.no_grad(), model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
         z, mlp = nnsight.save([]), nnsight.save([])
@@ -75,28 +65,30 @@ def _ends(model, part: Task) -> _Ends:
             mlp.append(getattr(layer, after).output[:, -1].float())
         last = model.layers[-1].output[:, -1].float().save()
         logits = model.logits[:, -1].float().save()
-    device = last.device
-    stack = lambda found: torch.stack([x.to(device) for x in found])  # noqa: E731
-    return _Ends(embedding.to(device), last, stack(z), stack(mlp), logits.to(device))
+    z, mlp = (torch.stack([x.to(last.device) for x in found]) for found in (z, mlp))
+    return embedding.to(last.device), last, z, mlp, logits.to(last.device)
+
+
+def _unembedding(model, columns: torch.Tensor | None, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unembedding rows of some tokens, `[prompt, column, d_model]`, or all, `[vocabulary, d_model]`, and their biases (0
+    where there are none); float32."""
+    pick = lambda x: (x.detach() if columns is None else x.detach()[columns.to(x.device)]).to(device).float()  # noqa: E731
+    unembed = model.unembed._module
+    bias = getattr(unembed, "bias", None)
+    return pick(unembed.weight), torch.zeros((), device=device) if bias is None else pick(bias)
 
 
 def _direction(model, part: Task, read: Metric, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the metric points before the final norm, `[prompt, d_model]`, its scale included, and what the biases of
     the norm and the unembedding add, `[prompt]`. Metrics that are not linear are linearised at the run."""
-    final, unembed = norm(model.final_norm._module), model.unembed._module
-    columns = read.columns(part)
-    rows = unembed.weight.detach()
-    rows = (rows if columns is None else rows[columns.to(rows.device)]).to(last.device).float()
-    fixed = getattr(unembed, "bias", None)
-    if fixed is not None:
-        fixed = (fixed.detach() if columns is None else fixed.detach()[columns.to(fixed.device)]).to(last.device).float()
+    final, columns = norm(model.final_norm._module), read.columns(part)
+    rows, fixed = _unembedding(model, columns, last.device)
     with torch.enable_grad():
-        x = final(last)
-        logits = torch.einsum("pm,vm->pv" if columns is None else "pm,pcm->pc", x, rows)
-        logits = (logits if fixed is None else logits + fixed).detach().requires_grad_(True)
+        logits = torch.einsum("pm,vm->pv" if columns is None else "pm,pcm->pc", final(last), rows)
+        logits = (logits + fixed).detach().requires_grad_(True)
         slope = torch.autograd.grad(read(softcapped(model, logits), part).sum(), logits)[0]
     u = torch.einsum("pv,vm->pm" if columns is None else "pc,pcm->pm", slope, rows)
-    constant = torch.zeros(len(u), device=u.device) if fixed is None else (slope * fixed).sum(-1)
+    constant = (slope * fixed).sum(-1)
     if final.bias is not None:
         constant = constant + u @ final.bias
     return final.back(u) / final.scale(last), constant
@@ -163,17 +155,17 @@ def direct_attribution(
 def _attribute(model, part: Task, read: Metric, keep: bool):
     """One batch on the CPU: heads `[prompt, layer, head]`, MLPs `[prompt, layer]`, embedding, biases, base `[prompt]`;
     and with `keep` z, what reads it, MLP outputs and the direction."""
-    ends = _ends(model, part)
-    u, biases = _direction(model, part, read, ends.last)
-    reads, total = [], ends.embedding + ends.mlp.sum(0)
-    for layer, z in enumerate(ends.z):
-        read_by, added, written = _frozen(model, layer, z, u)
+    embedding, last, z, mlp, logits = _ends(model, part)
+    u, biases = _direction(model, part, read, last)
+    reads, total = [], embedding + mlp.sum(0)
+    for layer, heads in enumerate(z):
+        read_by, added, written = _frozen(model, layer, heads, u)
         reads.append(read_by)
         biases, total = biases + added, total + written
-    _adds_up(model, total, ends.last)
-    reads, z, mlp = torch.stack(reads, 1), ends.z.transpose(0, 1), ends.mlp.transpose(0, 1)
-    base = _read(part, read, ends.logits)
-    found = [(z * reads).sum(-1), torch.einsum("plm,pm->pl", mlp, u), (ends.embedding * u).sum(-1), biases, base]
+    _adds_up(model, total, last)
+    reads, z, mlp = torch.stack(reads, 1), z.transpose(0, 1), mlp.transpose(0, 1)
+    base = _read(part, read, logits)
+    found = [(z * reads).sum(-1), torch.einsum("plm,pm->pl", mlp, u), (embedding * u).sum(-1), biases, base]
     return [x.cpu() for x in (found + [z, reads, mlp, u] if keep else found)]
 
 
@@ -207,14 +199,18 @@ def _marked(value: torch.Tensor, at: torch.Tensor, gradient: bool) -> torch.Tens
     return value if value.requires_grad else value.requires_grad_(True)  # weights have no gradient: start one
 
 
-def _turned(task: Task, direction: str) -> Task:
+def _meant(model, task: Task, metric: str | Metric, direction: str, positions) -> tuple[Metric, Task]:
+    """The metric, and the task with its base run first; what cannot be meant is refused."""
+    read = _differentiable(metric)
     known("direction", direction, DIRECTIONS)
-    return task if direction == "noising" else task.swapped()
+    decoder_only(model)
+    task.at(positions)
+    return read, task if direction == "noising" else task.swapped()
 
 
 @torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
 def attribution_patching(model, task: Task, metric: str | Metric = logit_difference, direction: str = "noising",
-                         positions="END", batch: int = 16) -> Effects:  # fmt: skip
+                         positions: str | Iterable[str] = "END", batch: int = 16) -> Effects:  # fmt: skip
     """A first-order estimate of activation patching, for all heads (and MLPs) from two forwards and one backward.
 
     (a_source - a_base) . gradient of the metric at a_base, with a the head's z (Nanda 2023). It is exact for small
@@ -233,9 +229,7 @@ def attribution_patching(model, task: Task, metric: str | Metric = logit_differe
         ValueError: for a metric without a gradient (KL, accuracies), before any pass; an unknown direction; an encoder.
         LookupError: for an unknown role.
     """
-    read, task = _differentiable(metric), _turned(task, direction)
-    decoder_only(model)
-    task.at(positions)
+    read, task = _meant(model, task, metric, direction, positions)
     parts = [_first_order(model, part, read, positions) for part in task.batches(batch)]
     heads, mlps, base, source = (torch.cat(x) for x in zip(*parts, strict=True))
     return Effects(heads, base, source, f"change of {read.name}, first order", mlps)
@@ -261,7 +255,8 @@ def _first_order(model, part: Task, read: Metric, positions):
 
 @torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
 def integrated_gradients(model, task: Task, metric: str | Metric = logit_difference, *, source: str = "corrupted",
-                         direction: str = "noising", positions="END", steps: int = 8, batch: int = 16):  # fmt: skip
+                         direction: str = "noising", positions: str | Iterable[str] = "END", steps: int = 8,
+                         batch: int = 16) -> Effects:  # fmt: skip
     """Effects that add up: gradients along the way from all heads as they are to all heads replaced.
 
     Every head gets a gate g: it writes z' + g (z - z'), with z as this run computes it and z' the source's. The effect of a
@@ -283,12 +278,10 @@ def integrated_gradients(model, task: Task, metric: str | Metric = logit_differe
     Raises:
         ValueError: as `attribution_patching`; and for an unknown source or fewer than one step.
     """
-    read, task = _differentiable(metric), _turned(task, direction)
-    decoder_only(model)
+    read, task = _meant(model, task, metric, direction, positions)
     known("source", source, ("corrupted", "zero"))
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one")
-    task.at(positions)
     parts = [_line(model, part, read, source, positions, steps) for part in task.batches(batch)]
     heads, base, closed = (torch.cat(x) for x in zip(*parts, strict=True))
     return Effects(heads, base, closed, f"change of {read.name}, integrated gradients")
@@ -362,7 +355,5 @@ def _unembed(model, x: torch.Tensor, columns: torch.Tensor | None) -> torch.Tens
     x = final(x.to(final.weight.device)).to(unembed.weight.device)
     if columns is None:
         return softcapped(model, unembed(x).float())
-    columns = columns.to(x.device)
-    logits = torch.einsum("pm,pcm->pc", x.float(), unembed.weight[columns].float())
-    bias = getattr(unembed, "bias", None)
-    return softcapped(model, logits if bias is None else logits + bias[columns].float())
+    rows, bias = _unembedding(model, columns, x.device)
+    return softcapped(model, torch.einsum("pm,pcm->pc", x.float(), rows) + bias)

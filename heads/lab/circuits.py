@@ -8,7 +8,7 @@ matter, and are applied. Notation of Elhage et al. 2021, "A Mathematical Framewo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import nnsight
@@ -28,15 +28,9 @@ from heads.model.weights import (
 )
 from heads.names import known
 from heads.scores import HeadScores
+from heads.tasks.succession import Lists, checked, relabelled
 
 KINDS = ("mlp0", "e+mlp0", "block0", "resid")
-
-
-# name -> (ids [item], pairs [pair, 2]), or what `heads.tasks.succession_lists` returns
-Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]] | Sequence
-
-
-# ----------------------------------------------------------------------------------------- norms
 
 
 # ------------------------------------------------------------------------------------ OV and QK
@@ -59,15 +53,6 @@ class Factored:
         inner = x.float() @ self.left
         return (inner if self.bias is None else inner + self.bias) @ self.right
 
-    @property
-    def matrix(self) -> torch.Tensor:
-        """`[d_model, d_model]`, without the bias."""
-        return self.left @ self.right
-
-    def eigenvalues(self) -> torch.Tensor:
-        """The d_head eigenvalues that are not trivially zero (complex); those of right @ left."""
-        return torch.linalg.eigvals(self.right @ self.left)
-
 
 def ov(model, layer: int, head: int) -> Factored:
     """What a head writes about a token that it attends to: N(x) -> N(x) W_V W_O, of rank d_head.
@@ -81,8 +66,7 @@ def ov(model, layer: int, head: int) -> Factored:
     decoder_only(model)
     ((layer, head),) = model.anatomy.check([(layer, head)])
     (weight, bias), kv = project(model, layer, "v"), kv_head(model, head)
-    right = output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))[head]
-    return Factored(weight[kv], right, None if bias is None else bias[kv])
+    return Factored(weight[kv], _writes(model, layer)[head], None if bias is None else bias[kv])
 
 
 def qk(model, layer: int, head: int) -> Factored:
@@ -125,7 +109,8 @@ def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) 
 
 
 @torch.no_grad()
-def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", layer: int | None = None, batch: int = 256):
+def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", layer: int | None = None,
+                        batch: int = 256) -> torch.Tensor:  # fmt: skip
     """What a token looks like to heads above the first layers, without context.
 
     Args:
@@ -200,25 +185,6 @@ class ListScores(HeadScores):
         super().__init__(np.concatenate(list(hits.values())).mean(0), name)
 
 
-def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The same tokens with another map, for controls.
-
-    Args:
-        kind: "predecessor": pairs turned round. "copy": every token that has a successor to itself. "permutation": the
-            successor map of a randomly shuffled list (one draw of `seed`; draw many for a null distribution).
-    """
-    known("map of a list", kind, ("predecessor", "copy", "permutation"))
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for name, (ids, pairs) in _by_name(lists).items():
-        pairs = torch.as_tensor(pairs)
-        if kind == "permutation":
-            pairs = torch.randperm(len(ids), generator=generator)[pairs]
-        else:
-            pairs = pairs.flip(1) if kind == "predecessor" else pairs[:, :1].expand(-1, 2)
-        found[name] = (ids, pairs)
-    return found
-
-
 @torch.no_grad()
 def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0", *, with_input: bool = True,
                     batch: int = 256, name: str = "successor score") -> ListScores:  # fmt: skip
@@ -241,7 +207,7 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
     Raises:
         ValueError: for lists without pairs, or pairs that point outside their list.
     """
-    lists = _checked(lists, with_input)
+    lists = checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])
     x = effective if isinstance(effective, torch.Tensor) else effective_embedding(model, ids, effective, batch=batch)
     if x.shape[-2] != len(ids):
@@ -274,36 +240,14 @@ def copying_score(
     return successor_score(model, relabelled(lists, "copy"), effective, batch=batch, name="copying score")
 
 
+def _writes(model, layer: int) -> torch.Tensor:
+    """Every head's W_O, `[head, d_head, d_model]` float32."""
+    return output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))
+
+
 def _values(model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query head's values of residuals `[token, d_model]`, `[token, head, d_head]`; W_O `[head, d_head, d_model]`."""
     weight, bias = project(model, layer, "v")
     z = torch.einsum("tm,hmd->thd", input_norm(model, layer)(x.to(weight.device)), weight)
     z = z if bias is None else z + bias
-    right = output_projection(model, layer).detach().float().unflatten(0, (model.anatomy.n_heads, -1))
-    return z.repeat_interleave(model.anatomy.n_heads // z.shape[1], 1), right
-
-
-def _by_name(lists: Lists) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-    return lists if isinstance(lists, Mapping) else {f"{x.name}, {x.form}": (x.ids, x.pairs) for x in lists}
-
-
-def _checked(lists: Lists, with_input: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Lists as tensors, the empty ones left out."""
-    found = {}
-    for name, (ids, pairs) in _by_name(lists).items():
-        ids, pairs = torch.as_tensor(ids), torch.as_tensor(pairs, dtype=torch.long)
-        if not len(pairs):
-            continue
-        if ids.dim() != 1 or pairs.dim() != 2 or pairs.shape[1] != 2:
-            got = f"{tuple(ids.shape)} and {tuple(pairs.shape)}"
-            raise ValueError(f"list {name!r}: expected ids [item] and pairs [pair, 2], got {got}")
-        if pairs.min() < 0 or pairs.max() >= len(ids):
-            raise ValueError(f"list {name!r}: pairs point to item {int(pairs.max())}, but it has items 0 to {len(ids) - 1}")
-        if len(ids.unique()) < len(ids):
-            raise ValueError(f"list {name!r} holds a token twice: its items cannot be told apart")
-        if not with_input and (pairs[:, 0] == pairs[:, 1]).any():
-            raise ValueError(f"list {name!r} maps a token to itself: with_input=False would make that impossible to score")
-        found[name] = (ids, pairs)
-    if not found:
-        raise ValueError("no list has a pair of items: nothing to score with this tokenizer")
-    return found
+    return z.repeat_interleave(model.anatomy.n_heads // z.shape[1], 1), _writes(model, layer)

@@ -17,7 +17,7 @@ and pass D restarts at the first receiver with everything before it from a cache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -29,13 +29,14 @@ from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
 from heads.model.weights import hooked, output_projection
 from heads.names import known
-from heads.scores import Effects
+from heads.scores import Effects, Head
 from heads.tasks.base import Task
 
 COMPONENTS = ("q", "k", "v")
 MLPS = ("recompute", "freeze")
 SCANS = ("earliest", "last")
 ENGINES = ("auto", "fast", "literal")
+Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # base [prompt], source [prompt], change [set, prompt]
 MLP = "mlp"  # a sender (layer, MLP) is that layer's MLP
 
 
@@ -58,6 +59,7 @@ class Route:
     mlps: str = "recompute"
 
     def check(self, model, task: Task) -> Route:
+        """The route itself, if such an effect can be: ValueError and LookupError say why not."""
         known("component", self.component, COMPONENTS)
         known("way to treat MLPs", self.mlps, MLPS)
         if not isinstance(self.position, str) or self.position not in task.roles:
@@ -79,13 +81,14 @@ class Route:
 
     @property
     def layers(self) -> list[int]:
+        """Layers with receivers, in order."""
         return sorted({layer for layer, _ in self.receivers})
 
 
-def path_scores(model, task: Task, receivers=(), component: str = "q", *, position: str = "END", mlps: str = "recompute",
-                scan: str = "earliest", mlp_senders: bool = False, metric: str | Metric = logit_difference,
-                engine: str = "auto", batch: int = 16, tokens: int | None = None,
-                progress: bool = True) -> Effects:  # fmt: skip
+def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: str = "q", *, position: str = "END",
+                mlps: str = "recompute", scan: str = "earliest", mlp_senders: bool = False,
+                metric: str | Metric = logit_difference, engine: str = "auto", batch: int = 16,
+                tokens: int | None = None, progress: bool = True) -> Effects:  # fmt: skip
     """Path patching with every head, one at a time, as the sender.
 
     Args:
@@ -114,19 +117,16 @@ def path_scores(model, task: Task, receivers=(), component: str = "q", *, positi
     if not sets:
         raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
     base, source, samples = _patched(model, task, sets, route, named(metric), engine, batch, tokens, progress)
-    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads)
-    mlp = torch.zeros(len(task), model.anatomy.n_layers) if mlp_senders else None
+    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads + 1)  # the last column is the MLPs'
     for row, ((layer, head),) in enumerate(sets):
-        if head == MLP:
-            mlp[:, layer] = samples[row]
-        else:
-            table[:, layer, head] = samples[row]
-    return Effects(table, base, source, f"change of {named(metric).name}", mlps=mlp)
+        table[:, layer, -1 if head == MLP else head] = samples[row]
+    mlps = table[..., -1] if mlp_senders else None
+    return Effects(table[..., :-1], base, source, f"change of {named(metric).name}", mlps=mlps)
 
 
-def path_effect(model, task: Task, senders, receivers=(), component: str = "q", *, position: str = "END",
-                mlps: str = "recompute", metric: str | Metric = logit_difference, engine: str = "auto",
-                batch: int = 16) -> torch.Tensor:  # fmt: skip
+def path_effect(model, task: Task, senders: Iterable[tuple[int, int | str]], receivers: Iterable[Head] = (),
+                component: str = "q", *, position: str = "END", mlps: str = "recompute",
+                metric: str | Metric = logit_difference, engine: str = "auto", batch: int = 16) -> torch.Tensor:  # fmt: skip
     """Path patching with a set of senders at once: the change of the metric, `[prompt]`.
 
     Args:
@@ -260,7 +260,7 @@ class Columns:
         raise ReplayError(f"layer {i} never called its attention")
 
 
-def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens, bar):
+def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
     """The column engine for one batch of prompts."""
     positions = part.roles[route.position]
     start = int(positions.min())
@@ -313,7 +313,7 @@ def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route
 # ---- the literal engine -------------------------------------------------------------------
 
 
-def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens, bar):
+def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
     """Passes A to D as they are defined, one set of senders at a time, through nnsight: the oracle."""
     ids, rows, at = part.ids.to(model.device), torch.arange(len(part)), part.roles[route.position]
     z_source, mlp_source, logits_source = _record(model, part.corrupted.to(model.device))

@@ -39,6 +39,7 @@ class Trial:
 
     @property
     def success(self) -> bool:
+        """Whether the answer was found, by ROUGE-1 recall above `GATE`."""
         return self.recall > GATE
 
 
@@ -51,6 +52,7 @@ class Retrieval:
 
     @property
     def successes(self) -> list[Trial]:
+        """Trials that count."""
         return [trial for trial in self.trials if trial.success]
 
     @property
@@ -103,6 +105,7 @@ class Tally:
         self.tokens: list[int] = []
 
     def add(self, step: Step) -> None:
+        """One decoded token, with the attention rows that wrote it."""
         best = step.rows.argmax(-1)
         hits = copying(best, step.token, self.ids, self.sample.span)
         offset = (best - self.start).clamp(0, self.end - self.start - 1)
@@ -112,6 +115,7 @@ class Tally:
         self.tokens.append(step.token)
 
     def trial(self, model, dedup: bool) -> Trial:
+        """The sums as shares; `dedup` as in `retrieval_scores`."""
         response, n = model.tokenizer.decode(self.tokens), max(len(self.tokens), 1)
         copies = (self.counts.clamp(max=1) if dedup else self.counts).sum(-1) / (self.end - self.start)
         tables = (table.cpu().numpy() for table in (copies, self.needle / n, self.first / n))

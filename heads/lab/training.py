@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from heads.names import known
 
 SCHEDULES = ("constant", "linear")
+Trained = torch.Tensor | Iterable[torch.Tensor] | Mapping[str, torch.Tensor] | nn.Module  # or what has .parameters()
 
 
 @contextmanager
@@ -68,7 +71,7 @@ class Training:
         return f"Training({len(self.losses)} steps, {ends}kept the state after {self.kept} updates; {self.stopped})"
 
 
-def parameters_of(trained) -> list[torch.Tensor]:
+def parameters_of(trained: Trained) -> list[torch.Tensor]:
     """The tensors to train, of a tensor, a list or dict of them, or anything with `.parameters()`.
 
     Raises:
@@ -87,26 +90,21 @@ def parameters_of(trained) -> list[torch.Tensor]:
     return found
 
 
-def fit(trained, loss: Callable, data: Sequence, *, steps: int | None = None, epochs: int | None = None, batch: int = 8,
-        accumulate: int = 1, lr: float = 1e-3, weight_decay: float = 0.0, schedule: str = "constant", warmup: int = 0,
-        clip: float | None = None, validate: Callable[[], float] | None = None, every: int = 50,
-        patience: int | None = None, bf16: bool = False, seed: int = 0, name: str = "training",
-        progress: bool = True) -> Training:  # fmt: skip
+def fit(trained: Trained, loss: Callable[[list], torch.Tensor], data: Sequence, *, steps: int, batch: int = 8,
+        lr: float = 1e-3, weight_decay: float = 0.0, schedule: str = "constant",
+        validate: Callable[[], float] | None = None, every: int = 50, seed: int = 0,
+        name: str = "training") -> Training:  # fmt: skip
     """Train a few tensors with AdamW (Adam, where weight_decay is 0) on shuffled batches.
 
     Args:
         trained: a tensor, a list or dict of them, or anything with `.parameters()`; nothing else is updated.
-        loss: list of items -> scalar, a mean over the items. Penalties belong in it.
+        loss: list of items -> scalar, a mean over the items. Penalties belong in it, and autocast if you want it.
         data: the items, a sequence; an epoch shows each of them once, in an order drawn from `seed`.
-        steps, epochs: how many updates; give one of the two.
-        batch: items of one update. accumulate: parts in which they are run, to save memory; the update is the same.
-        lr, weight_decay: as in torch. schedule: "constant", or "linear" to zero. warmup: updates of linear rise.
-        clip: largest norm of the gradient.
+        steps: how many updates. batch: items of one update.
+        lr, weight_decay: as in torch. schedule: "constant", or "linear" to zero.
         validate: () -> a number, smaller is better, asked `every` so many updates and at the end (under
             `no_grad`). The best state is the one that is kept.
-        patience: stop after so many validations without a new best.
-        bf16: run the loss in bfloat16 by autocast, for a float32 model on a GPU. (A model that was loaded on a GPU
-            is in bfloat16 already; what is trained stays in its own dtype, float32 if you make it so.)
+        name: of the progress bar.
 
     Returns:
         A `Training`. A loss or a gradient that is not finite ends it with a warning that names the step; the
@@ -114,19 +112,23 @@ def fit(trained, loss: Callable, data: Sequence, *, steps: int | None = None, ep
 
     Raises:
         ValueError: bad arguments, nothing to train on, a loss that does not depend on what is trained.
+        LookupError: an unknown schedule.
     """
     params = parameters_of(trained)
-    total = _total(steps, epochs, len(data), batch, accumulate, schedule, patience, validate)
+    if not len(data):
+        raise ValueError("there is nothing to train on: data is empty")
+    if min(steps, batch) < 1:
+        raise ValueError(f"steps={steps} and batch={batch} must be at least 1")
+    known("schedule", schedule, SCHEDULES)
     many = sum(p.numel() for p in params) > 10**7  # all weights: a fused update goes through memory once, not ten times
     optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=many or None)
-    pace = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: _rate(n, total, warmup, schedule))
-    context = torch.autocast(params[0].device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    rate = {"constant": lambda n: 1.0, "linear": lambda n: 1 - n / steps}[schedule]
+    pace = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     done, good, best = Training(), _copy(params), None
-    order, quiet = _batches(data, batch, total, seed), None if progress else True
-    bar = tqdm(order, total=total, desc=name, unit="step", disable=quiet)
+    bar = tqdm(islice(_batches(data, batch, seed), steps), total=steps, desc=name, unit="step", disable=None)
     for step, items in enumerate(bar):
         optimiser.zero_grad(set_to_none=True)
-        value, norm = _backward(loss, items, accumulate, params, clip, context)
+        value, norm = _backward(loss(items), params)
         if not math.isfinite(value + norm):
             _fail(done, params, good, value, norm, step)
             break
@@ -137,77 +139,46 @@ def fit(trained, loss: Callable, data: Sequence, *, steps: int | None = None, ep
         pace.step()
         done.kept = step + 1
         bar.set_postfix(loss=f"{value:.3g}", refresh=False)
-        if validate and ((step + 1) % every == 0 or step + 1 == total):
+        if validate and ((step + 1) % every == 0 or step + 1 == steps):
             best = _validated(done, validate, params, best)
-            if patience and sum(n > best[0] for n, _ in done.validation) >= patience:
-                done.stopped = f"stopped after {step + 1} steps: no better validation since step {best[0]}"
-                break
     bar.close()
-    if best and best[1] is not None:
-        done.kept = best[0]
-        _put(params, best[1])
+    if best:
+        done.kept, state = best
+        _put(params, state)
     done.stopped = done.stopped or "all steps done"
     return done
 
 
-def _total(steps, epochs, n, batch, accumulate, schedule, patience, validate) -> int:
-    """Number of updates, once the arguments make sense."""
-    if not n:
-        raise ValueError("there is nothing to train on: data is empty")
-    if (steps is None) == (epochs is None):
-        raise ValueError("say how long to train: steps= or epochs=, one of the two")
-    known("schedule", schedule, SCHEDULES)
-    if min(steps or epochs or 0, batch, accumulate) < 1:
-        raise ValueError(f"steps or epochs, batch={batch} and accumulate={accumulate} must be at least 1")
-    if patience and not validate:
-        raise ValueError("early stopping (patience=) needs validate=, a function that returns the number to watch")
-    return steps or epochs * math.ceil(n / batch)
-
-
-def _rate(n: int, total: int, warmup: int, schedule: str) -> float:
-    rise = min(1.0, (n + 1) / warmup) if warmup else 1.0
-    return rise * (1.0 if schedule == "constant" else max(0.0, 1 - n / total))
-
-
-def _batches(data: Sequence, size: int, total: int, seed: int) -> Iterator[list]:
-    generator, given = torch.Generator().manual_seed(seed), 0
+def _batches(data: Sequence, size: int, seed: int) -> Iterator[list]:
+    """Batches without end, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(data), generator=generator).tolist()
         for start in range(0, len(order), size):
-            if given == total:
-                return
-            given += 1
             yield [data[i] for i in order[start : start + size]]
 
 
-def _backward(loss, items, accumulate, params, clip, context) -> tuple[float, float]:
-    """Loss of a batch and norm of its gradient (NaN where the loss is not finite: there is no backward then)."""
-    size, value = math.ceil(len(items) / accumulate), 0.0
-    for start in range(0, len(items), size):
-        part = items[start : start + size]
-        with context:
-            found = loss(part) * (len(part) / len(items))
-        value += float(found.detach())
-        if not math.isfinite(value):
-            return value, math.nan
-        if not found.requires_grad:
-            raise ValueError("the loss does not depend on what is trained: it carries no gradient")
-        found.backward()
+def _backward(loss: torch.Tensor, params) -> tuple[float, float]:
+    """Value of a loss and norm of its gradient (NaN where the loss is not finite: there is no backward then)."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value, math.nan
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on what is trained: it carries no gradient")
+    loss.backward()
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         raise ValueError("the loss does not depend on what is trained: no gradient reached any of its tensors")
-    return value, float(torch.nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip))
+    return value, float(torch.nn.utils.get_total_norm(grads))
 
 
-def _validated(done: Training, validate, params, best) -> tuple:
+def _validated(done: Training, validate, params, best) -> tuple[int, list[torch.Tensor]] | None:
     """Ask for the validation value; (updates, state) of the best so far."""
     with torch.no_grad():
         value = float(validate())
     earlier = [v for _, v in done.validation if math.isfinite(v)]
     done.validation.append((done.kept, value))
-    if math.isfinite(value) and all(value < v for v in earlier):
-        return done.kept, _copy(params)
-    return best or (0, None)
+    return (done.kept, _copy(params)) if math.isfinite(value) and all(value < v for v in earlier) else best
 
 
 def _fail(done: Training, params, good, value: float, norm: float, step: int) -> None:
@@ -217,7 +188,7 @@ def _fail(done: Training, params, good, value: float, norm: float, step: int) ->
         _put(params, good)
         done.kept = max(step - 1, 0)
     done.failed, done.stopped = True, f"{bad} at step {step}, so training stopped and went back to the last good state"
-    warnings.warn(f"{done.stopped}. A smaller learning rate or clip= may help", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{done.stopped}. A smaller learning rate may help", RuntimeWarning, stacklevel=3)
 
 
 def _copy(params) -> list[torch.Tensor]:

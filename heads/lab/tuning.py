@@ -1,4 +1,4 @@
-"""Fine-tuning only chosen heads, and the usual baselines: LoRA and prompt tuning through peft.
+"""Fine-tuning only chosen heads, and the usual baselines: all weights, LoRA and prompt tuning through peft.
 
 What a head owns: its rows of the query projection, its columns of the output projection, and the rows of the key
 and value projections of its group, which under grouped queries it shares with other heads. Only these slices are
@@ -8,7 +8,7 @@ parameters; an optimiser never sees the rest of the tensor they are cut from, so
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,10 +55,9 @@ class HeadWeights:
     Attributes:
         heads: the chosen (layer, head) pairs.
         counts: part ("q", "k", "v", "o") -> numbers trained. `count` is their sum.
-        shared: heads that were not chosen, but whose keys and values are trained with those of a chosen one.
     """
 
-    def __init__(self, model, heads, parts: str = PARTS):
+    def __init__(self, model, heads: Iterable[Head], parts: str = PARTS):
         self.model, self.heads, self.parts = model, model.anatomy.check(heads), _checked(parts)
         if not self.heads:
             raise ValueError("no heads were chosen: there is nothing to tune")
@@ -92,14 +91,17 @@ class HeadWeights:
         return {name: piece.values for name, (_, _, piece) in self._places.items()}
 
     def parameters(self) -> list[nn.Parameter]:
+        """What an optimiser gets."""
         return list(self.values.values())
 
     @property
     def count(self) -> int:
+        """How many numbers are trained."""
         return sum(self.counts.values())
 
     @property
     def shared(self) -> list[Head]:
+        """Heads that were not chosen, but whose keys and values are trained with those of a chosen one."""
         if not set(self.parts) & set("kv"):
             return []
         groups = {(layer, head // self._group) for layer, head in self.heads}
@@ -135,7 +137,7 @@ class HeadWeights:
         self.restore()
 
 
-def head_weights(model, heads, parts: str = PARTS) -> HeadWeights:
+def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeights:
     """The weights of chosen heads as the only thing to train. See `HeadWeights`.
 
     Args:
@@ -150,6 +152,21 @@ def head_weights(model, heads, parts: str = PARTS) -> HeadWeights:
     return HeadWeights(model, heads, parts)
 
 
+@contextmanager
+def all_weights(model) -> Iterator[list[nn.Parameter]]:
+    """Every weight as trainable for as long as the `with` block lasts; then given back, to the bit."""
+    weights = list(model._module.parameters())
+    kept = [weight.detach().to("cpu", copy=True) for weight in weights]  # a GPU needs its memory for the training
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for weight, old in zip(weights, kept):
+            weight.requires_grad_(False).copy_(old)
+            weight.grad = None
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A peft model around a loaded one. `module` is called like a transformers model, `count` parameters are trained."""
@@ -158,10 +175,12 @@ class Adapter:
     name: str
 
     def parameters(self) -> list[nn.Parameter]:
+        """What an optimiser gets."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @property
     def count(self) -> int:
+        """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
 
     def __repr__(self) -> str:
@@ -169,7 +188,8 @@ class Adapter:
 
 
 @contextmanager
-def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, layers=None, seed: int = 0):
+def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, layers: Iterable[int] | None = None,
+         seed: int = 0) -> Iterator[Adapter]:  # fmt: skip
     """LoRA (Hu et al. 2022) for as long as the `with` block lasts; inside it the model itself runs with it.
 
     Args:

@@ -64,17 +64,12 @@ def _sum(model, ids, tolerance) -> float:
             if tuple(shape[2:]) != expected:
                 found = tuple(shape[2:])
                 raise IdentityError(f"layer {i}: the {what} are {found} (heads, d_head), the config says {expected}")
-        bias = _bias(model, i)
-        error = _close(head_outputs(model, i, z[i]).sum(-2) + bias, out[i], tolerance)
+        bias = projection(model, i).bias
+        error = _close(head_outputs(model, i, z[i]).sum(-2) + (0 if bias is None else bias), out[i], tolerance)
         if not error <= 1:
             raise IdentityError(f"layer {i}: the heads do not sum to the attention output ({error:.1f} times the tolerance)")
         worst = max(worst, error)
     return worst
-
-
-def _bias(model, layer: int):
-    bias = projection(model, layer).bias
-    return 0 if bias is None else bias
 
 
 def _logits(model, ids, edit=None):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from heads.model import anatomy, attention, checks, zoo
 from heads.model.families import family_of
@@ -63,7 +63,7 @@ class Model(TransformersModel):
                 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             return super().interleave(run, *args, **kwargs)
 
-    def ids(self, text) -> torch.Tensor:
+    def ids(self, text: str) -> torch.Tensor:
         """Token ids of a text `[1, position]`, with the tokenizer's own special tokens."""
         return self.tokenizer(text, return_tensors="pt").input_ids.to(self.device)
 
@@ -77,6 +77,7 @@ class RemoteModel(Model):
 
 
 def pick_device(device: str) -> str:
+    """Where to load: "auto" becomes "cuda" or "cpu". ValueError for no device, RuntimeError for a GPU that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "spread":
@@ -91,6 +92,7 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """The type of weights: "auto" is bfloat16 on a GPU, float32 elsewhere. ValueError for what is no such type."""
     if dtype == "auto":
         return torch.bfloat16 if device == "spread" or device.startswith("cuda") else torch.float32
     found = getattr(torch, dtype, None)
@@ -115,17 +117,21 @@ def _quietly():
             logging.enable_progress_bar()
 
 
-def wrap(module: torch.nn.Module, tokenizer) -> Model:
+def wrap(module: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Model:
     """A transformers module that exists already, with the standard names; `load` also checks and records it."""
     module.set_attn_implementation(attention.NAME)
     with _quietly():
-        model = Model(module, tokenizer=tokenizer, **anatomy.vocabulary(module.config))
+        return _frozen(Model(module, tokenizer=tokenizer, **anatomy.vocabulary(module.config)))
+
+
+def _frozen(model: Model) -> Model:
     model._module.eval().requires_grad_(False)
     model.anatomy = anatomy.bind(model)
     return model
 
 
 def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
+    """`load` on this machine."""
     device = pick_device(device)
     kind = pick_dtype(dtype, device)
     if name.startswith("tiny-"):
@@ -146,7 +152,7 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
                 )
         config = AutoConfig.from_pretrained(folder).get_text_config()
         with _quietly():
-            model = Model(
+            model = _frozen(Model(
                 folder,
                 task=_task(config),
                 dispatch=True,
@@ -156,10 +162,8 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
                 use_safetensors=True,
                 **({"device_map": "auto"} if device == "spread" else {"device": device}),
                 **anatomy.vocabulary(config),
-            )
-        record = {"name": name, **_provenance(name, folder, model.config)}
-    model._module.eval().requires_grad_(False)
-    model.anatomy = anatomy.bind(model)
+            ))  # fmt: skip
+        record = {"name": name, **_provenance(folder, model.config)}
     model.record = {**record, "dtype": str(kind).removeprefix("torch."), "device": str(model.device)}
     checks.identities(model)
     return model
@@ -169,7 +173,7 @@ def _task(config) -> str:
     return "fill-mask" if family_of(config).encoder else "text-generation"
 
 
-def _provenance(name: str, folder: str, config) -> dict:
+def _provenance(folder: str, config) -> dict:
     """Revision and SHA-256 of the weights: from the record of a zoo model, computed for a folder, and
     for a hub id the commit, which names its weights."""
     path = Path(folder)
@@ -185,6 +189,7 @@ def _provenance(name: str, folder: str, config) -> dict:
 
 
 def load_remote(name: str) -> RemoteModel:
+    """`load` on NDIF: RuntimeError without a key, ValueError for a model that only this machine has."""
     if name in zoo.ZOO or name.startswith("tiny-"):
         raise ValueError(f"{name!r} is not served by NDIF: where='remote' takes the hub id of a hosted model")
     if not (CONFIG.API.APIKEY or os.environ.get("NDIF_API_KEY")):
@@ -201,7 +206,7 @@ def load_remote(name: str) -> RemoteModel:
     return model
 
 
-def load(name: str = zoo.DEFAULT, device: str = "auto", dtype: str = "auto", where: str = "local", seed: int = 0):
+def load(name: str = zoo.DEFAULT, device: str = "auto", dtype: str = "auto", where: str = "local", seed: int = 0) -> Model:
     """A model as an nnsight envoy with the standard names, checked.
 
     Args:

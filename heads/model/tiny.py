@@ -7,7 +7,7 @@ import hashlib
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from heads.names import known
 
@@ -53,7 +53,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(family: str, seed: int = 0):
+def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A random model and its byte tokenizer. The weights are larger than a fresh initialisation's, so
     that attention is not uniform and an edit shows in the logits.
 

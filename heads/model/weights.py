@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from nnsight import Envoy
 from torch import nn
 
 from heads.model.families import Family, family_of
@@ -23,7 +25,7 @@ def decoder_only(model) -> None:
 
 
 @contextmanager
-def hooked(*hooks):
+def hooked(*hooks: tuple[Callable, Callable, dict]) -> Iterator[None]:
     """Torch hooks for the length of a `with`: (register, function, keywords) each."""
     with ExitStack() as stack:
         for register, function, keywords in hooks:
@@ -48,13 +50,13 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight if transposed(module) else weight.T
 
 
-def projection(model, layer) -> nn.Module:
+def projection(model, layer: int | Envoy) -> nn.Module:
     """The module of a layer's output projection, whose input is the heads. `layer`: an index, or the layer's envoy."""
     layer = model.layers[layer] if isinstance(layer, int) else layer
     return layer.attn._module.get_submodule(row_of(model).proj)
 
 
-def output_projection(model, layer) -> torch.Tensor:
+def output_projection(model, layer: int | Envoy) -> torch.Tensor:
     """Weight of a layer's output projection, `[n_heads * d_head, d_model]` (rows are head inputs).
 
     Args:
@@ -63,7 +65,7 @@ def output_projection(model, layer) -> torch.Tensor:
     return weight_of(projection(model, layer))
 
 
-def projection_envoy(model, layer: int):
+def projection_envoy(model, layer: int) -> Envoy:
     """The envoy of a layer's output projection (its `.output` is the sum over heads, plus bias)."""
     envoy = model.layers[layer].attn
     for part in row_of(model).proj.split("."):
@@ -136,6 +138,7 @@ class Norm:
     eps: float
 
     def centre(self, x: torch.Tensor) -> torch.Tensor:
+        """x less its mean, where the norm takes it away."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def scale(self, x: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ class Task:
         length, foils = self.ids.shape[1], self.foils.shape[1]
         return f"Task({self.name!r}, {len(self)} prompts of {length} tokens, {foils} foils{dropped})"
 
-    def __getitem__(self, chosen) -> Task:
+    def __getitem__(self, chosen: int | slice | list[int] | torch.Tensor) -> Task:
         """Some of the prompts, by slice, list of indices or boolean mask: a Task again."""
         if isinstance(chosen, Integral):
             chosen = [chosen]
@@ -119,7 +119,7 @@ class Task:
         """The corrupted prompts as the base and the clean ones as their twins; answers stay: denoising."""
         return replace(self, name=f"{self.name}, denoised", ids=self.corrupted, corrupted=self.ids, prompts=())
 
-    def at(self, positions) -> torch.Tensor:
+    def at(self, positions: str | Iterable[str]) -> torch.Tensor:
         """Where something happens, `[prompt, position]` booleans.
 
         Args:

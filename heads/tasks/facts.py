@@ -44,7 +44,8 @@ def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
         prompt = f"{' '.join(sentences)} {kinds[asked]['stem'].format(person=people[asked])}"
         ids, answer_ids = continuation(model.tokenizer, prompt, f" {values[asked]}")
         span = find_span(model.tokenizer, ids[0].tolist(), values[asked])
-        samples.append(Sample(ids, span, values[asked], answer_ids, f"facts-{seed}-{i}", "stem", ids.shape[1], asked / n_facts))
+        name, length = f"facts-{seed}-{i}", ids.shape[1]
+        samples.append(Sample(ids, span, values[asked], answer_ids, name, "stem", length, asked / n_facts))
     return samples
 
 

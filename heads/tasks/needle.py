@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,7 +52,7 @@ def needles(which: str | None = None) -> tuple[dict, ...]:
     return tuple(row for row in rows if which in (None, row["set"]))
 
 
-def haystack(source=None) -> str:
+def haystack(source: str | Path | Iterable[str] | None = None) -> str:
     """Text to hide a needle in, white space folded.
 
     Args:
@@ -73,8 +73,9 @@ def haystack(source=None) -> str:
     return re.sub(r"\s+", " ", " ".join(source)).strip()
 
 
-def needle(model, lengths=(500,), depths=(0.1, 0.5, 0.9), which: str = "detect", form: str = "stem", source=None,
-           buffer: int = 60, chosen=None, limit: int | None = None, seed: int = 0) -> list[Sample]:  # fmt: skip
+def needle(model, lengths: Sequence[int] = (500,), depths: Sequence[float] = (0.1, 0.5, 0.9), which: str = "detect",
+           form: str = "stem", source: str | Path | Iterable[str] | None = None, buffer: int = 60,
+           chosen: Iterable[dict] | None = None, limit: int | None = None, seed: int = 0) -> list[Sample]:  # fmt: skip
     """Needle prompts, lengths x depths, cycling through the needles.
 
     Args:

@@ -6,6 +6,7 @@ The lists of Gould et al. (2023, arXiv 2312.09230), as prompts and as tokens for
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +34,9 @@ CYCLIC = ("days", "day prefixes", "months", "month prefixes")
 # Space before, and case: as in LISTS, or with the first letter's case flipped.
 FORMS = {"space": (" ", False), "bare": ("", False), "space, case flipped": (" ", True), "bare, case flipped": ("", True)}
 CORRUPTIONS = ("window", "shuffled")
+MAPS = ("predecessor", "copy", "permutation")
+# name -> (ids [item], pairs [pair, 2]); or what `succession_lists` returns
+Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]] | Sequence
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class TokenList:
         return f"TokenList({self.name!r}, {self.form!r}, {len(self)} items, {len(self.pairs)} pairs)"
 
 
-def succession_lists(model, which=None, least: int = 4) -> list[TokenList]:
+def succession_lists(model, which: str | Iterable[str] | None = None, least: int = 4) -> list[TokenList]:
     """Every list in every surface form, with the items that are one token.
 
     Args:
@@ -103,8 +107,60 @@ def _names(which) -> list[str]:
     return [known("list", name, LISTS) for name in ([which] if isinstance(which, str) else which)]
 
 
-def succession(model, which="days", n: int | None = None, seed: int = 0, length: int = 4, flipped: bool = False,
-               corruption: str = "window") -> Task:  # fmt: skip
+def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same tokens with another map, for controls.
+
+    Args:
+        kind: "predecessor": pairs turned round. "copy": every token that has a successor to itself. "permutation": the
+            successor map of a randomly shuffled list (one draw of `seed`; draw many for a null distribution).
+
+    Raises:
+        LookupError: for an unknown kind.
+    """
+    known("map of a list", kind, MAPS)
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, (ids, pairs) in _by_name(lists).items():
+        pairs = torch.as_tensor(pairs)
+        if kind == "permutation":
+            pairs = torch.randperm(len(ids), generator=generator)[pairs]
+        else:
+            pairs = pairs.flip(1) if kind == "predecessor" else pairs[:, :1].expand(-1, 2)
+        found[name] = (ids, pairs)
+    return found
+
+
+def _by_name(lists: Lists) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+    return lists if isinstance(lists, Mapping) else {f"{x.name}, {x.form}": (x.ids, x.pairs) for x in lists}
+
+
+def checked(lists: Lists, with_input: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Lists as tensors, the empty ones left out.
+
+    Raises:
+        ValueError: naming the list that cannot be scored and why, or if none is left.
+    """
+    found = {}
+    for name, (ids, pairs) in _by_name(lists).items():
+        ids, pairs = torch.as_tensor(ids), torch.as_tensor(pairs, dtype=torch.long)
+        if not len(pairs):
+            continue
+        if ids.dim() != 1 or pairs.dim() != 2 or pairs.shape[1] != 2:
+            got = f"{tuple(ids.shape)} and {tuple(pairs.shape)}"
+            raise ValueError(f"list {name!r}: expected ids [item] and pairs [pair, 2], got {got}")
+        if pairs.min() < 0 or pairs.max() >= len(ids):
+            raise ValueError(f"list {name!r}: pairs point to item {int(pairs.max())}, but it has items 0 to {len(ids) - 1}")
+        if len(ids.unique()) < len(ids):
+            raise ValueError(f"list {name!r} holds a token twice: its items cannot be told apart")
+        if not with_input and (pairs[:, 0] == pairs[:, 1]).any():
+            raise ValueError(f"list {name!r} maps a token to itself: with_input=False would make that impossible to score")
+        found[name] = (ids, pairs)
+    if not found:
+        raise ValueError("no list has a pair of items: nothing to score with this tokenizer")
+    return found
+
+
+def succession(model, which: str | Iterable[str] = "days", n: int | None = None, seed: int = 0, length: int = 4,
+               flipped: bool = False, corruption: str = "window") -> Task:  # fmt: skip
     """`length` items of a list in order, separated by commas; the answer is the next one.
 
     Foils are the other items of the list (in a task of several lists, as many as the shortest allows, those
