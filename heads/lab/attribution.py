@@ -339,12 +339,9 @@ def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch
             for layer in model.layers:
                 streams.append(layer.input[:, -1])
             streams.append(model.layers[-1].output[:, -1])
-        base, rows = None, []
-        for x in reversed(streams):  # the last first: it is what KL compares with
-            logits = _unembed(model, x, read.columns(part))
-            base = logits if base is None else base
-            rows.append(read(logits, part, base).cpu())
-        found.append(torch.stack(rows[::-1]))
+        columns = read.columns(part)
+        base = _unembed(model, streams[-1], columns)
+        found.append(torch.stack([read(_unembed(model, x, columns), part, base).cpu() for x in streams]))
     return torch.cat(found, dim=1)
 
 

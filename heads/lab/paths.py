@@ -33,8 +33,6 @@ from heads.scores import Effects, Head
 from heads.tasks.base import Task
 
 COMPONENTS = ("q", "k", "v")
-MLPS = ("recompute", "freeze")
-SCANS = ("earliest", "last")
 ENGINES = ("auto", "fast", "literal")
 Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # base [prompt], source [prompt], change [set, prompt]
 MLP = "mlp"  # a sender (layer, MLP) is that layer's MLP
@@ -61,7 +59,7 @@ class Route:
     def check(self, model, task: Task) -> Route:
         """The route itself, if such an effect can be: ValueError and LookupError say why not."""
         known("component", self.component, COMPONENTS)
-        known("way to treat MLPs", self.mlps, MLPS)
+        known("way to treat MLPs", self.mlps, ("recompute", "freeze"))
         if not isinstance(self.position, str) or self.position not in task.roles:
             task.at(self.position)  # raises, naming the roles
             raise ValueError(f"path patching acts at one position per prompt: a role, not {self.position!r}")
@@ -106,7 +104,7 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     Raises:
         ValueError, LookupError, IndexError: for what cannot be meant, before any forward pass.
     """
-    known("scan", scan, SCANS)
+    known("scan", scan, ("earliest", "last"))
     known("engine", engine, ENGINES)
     route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
     top = model.anatomy.n_layers
@@ -251,8 +249,7 @@ class Columns:
         args, kwargs = self.clean.calls[i]
         n = len(hidden) // len(self.at)
         if tables := kwargs.get("position_embeddings"):  # rotary tables of each prompt's own position
-            kwargs = {"position_embeddings": tuple(x[0, self.at].repeat(n, 1)[:, None] for x in tables)}
-            kwargs = {**self.clean.calls[i][1], **kwargs}
+            kwargs = kwargs | {"position_embeddings": tuple(x[0, self.at].repeat(n, 1)[:, None] for x in tables)}
         try:
             self.clean.layer(i, hidden, {}, call=(args, kwargs), edit=keep)
         except _Stop:

@@ -61,7 +61,7 @@ class HeadWeights:
         self.model, self.heads, self.parts = model, model.anatomy.check(heads), _checked(parts)
         if not self.heads:
             raise ValueError("no heads were chosen: there is nothing to tune")
-        self.counts, self._places, self._on = dict.fromkeys(parts, 0), {}, False
+        self.counts, self._places = dict.fromkeys(parts, 0), {}
         self._group = model.anatomy.n_heads // model.anatomy.n_kv_heads
         for layer in sorted({layer for layer, _ in self.heads}):
             self._add(layer, sorted(head for i, head in self.heads if i == layer))
@@ -113,28 +113,17 @@ class HeadWeights:
         mates = f"; keys and values shared with {len(self.shared)} other heads" if self.shared else ""
         return f"HeadWeights({len(self.heads)} heads, {self.count:,} parameters: {parts}{mates})"
 
-    def attach(self) -> HeadWeights:
-        """The model runs with these weights until `restore()`. What `with` does."""
-        if not self._on:
-            self._order = {module: list(module._parameters) for module, _, _ in self._places.values()}
-            for module, tensor, piece in self._places.values():
-                parametrize.register_parametrization(module, tensor, piece)
-            self._on = True
+    def __enter__(self) -> HeadWeights:
+        self._order = {module: list(module._parameters) for module, _, _ in self._places.values()}
+        for module, tensor, piece in self._places.values():
+            parametrize.register_parametrization(module, tensor, piece)
         return self
 
-    def restore(self) -> None:
-        """The model runs with its own weights again, to the bit."""
-        if self._on:
-            for module, tensor, _ in self._places.values():
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-            for module, order in self._order.items():  # as it was: a state dict keeps the order of its names
-                module._parameters = {name: module._parameters[name] for name in order}
-            self._on = False
-
-    __enter__ = attach
-
     def __exit__(self, *_) -> None:
-        self.restore()
+        for module, tensor, _ in self._places.values():
+            parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+        for module, order in self._order.items():  # as it was: a state dict keeps the order of its names
+            module._parameters = {name: module._parameters[name] for name in order}
 
 
 def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeights:
