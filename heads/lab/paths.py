@@ -25,6 +25,7 @@ import nnsight
 import torch
 from tqdm import tqdm
 
+from heads.lab.attribution import activations
 from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
 from heads.model.weights import hooked, output_projection
@@ -313,8 +314,8 @@ def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route
 def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
     """Passes A to D as they are defined, one set of senders at a time, through nnsight: the oracle."""
     ids, rows, at = part.ids.to(model.device), torch.arange(len(part)), part.roles[route.position]
-    z_source, mlp_source, logits_source = _record(model, part.corrupted.to(model.device))
-    z_base, mlp_base, logits_base = _record(model, ids)
+    z_source, mlp_source, logits_source = activations(model, part.corrupted)
+    z_base, mlp_base, logits_base = activations(model, ids)
     reference = metric.pick(logits_base, part)
     base, values = metric(reference, part, reference).cpu(), []
     for senders in sets:
@@ -329,17 +330,6 @@ def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens:
         values.append(metric(metric.pick(logits, part), part, reference).cpu() - base)
         bar.update(len(part))
     return base, metric(metric.pick(logits_source, part), part, reference).cpu(), torch.stack(values)
-
-
-def _record(model, ids):
-    """z of all heads and MLP outputs, per layer, and the logits at END."""
-    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
-        z, mlp = nnsight.save([]), nnsight.save([])
-        for layer in model.layers:
-            z.append(layer.attn.heads.clone())
-            mlp.append(layer.mlp.output.clone())
-        logits = model.logits[:, -1].save()
-    return z, mlp, logits
 
 
 def _pass_c(model, ids, z, mlp, held, route, rows, at):
