@@ -141,21 +141,6 @@ def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeight
     return HeadWeights(model, heads, parts)
 
 
-@contextmanager
-def all_weights(model) -> Iterator[list[nn.Parameter]]:
-    """Every weight as trainable for as long as the `with` block lasts; then given back, to the bit."""
-    weights = list(model._module.parameters())
-    kept = [weight.detach().to("cpu", copy=True) for weight in weights]  # a GPU needs its memory for the training
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield weights
-    finally:
-        for weight, old in zip(weights, kept):
-            weight.requires_grad_(False).copy_(old)
-            weight.grad = None
-
-
 @dataclass(frozen=True)
 class Adapter:
     """A peft model around a loaded one. `module` is called like a transformers model, `count` parameters are trained."""
@@ -233,6 +218,27 @@ def prompt_tuning(model, tokens: int = 10, text: str | None = None, seed: int = 
     with torch.no_grad():
         wrapped.prompt_encoder["default"].embedding.weight.copy_(table[[chosen[i % len(chosen)] for i in range(tokens)]])
     yield Adapter(wrapped, f"prompt tuning with {tokens} tokens")
+
+
+@contextmanager
+def all_weights(model) -> Iterator[list[nn.Parameter]]:
+    """Every weight as something to train, for as long as the `with` block lasts; after it the model is as before, to the bit.
+
+    Yields:
+        The parameters: hand them to `fit`.
+    """
+    weights = list(model._module.parameters())
+    # a GPU needs its memory for the training
+    kept = [(weight.requires_grad, weight.detach().to("cpu", copy=True)) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        with torch.no_grad():
+            for weight, (trained, old) in zip(weights, kept):
+                weight.requires_grad_(trained).copy_(old)
+                weight.grad = None
 
 
 def _wrapped(model, config, seed: int) -> nn.Module:
