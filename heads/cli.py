@@ -39,12 +39,9 @@ def papers_table() -> str:
     lines = ["| | paper | what it asks | verdicts on the default model |", "|---|---|---|---|"]
     for part, title in papers.parts().items():
         lines.append(f"| **{part}** | **{title}** | | |")
-        for paper in papers.papers():
-            if paper.part != int(part):
-                continue
-            number = str(paper.number)
-            if paper.state == "ready":
-                number = f"[{number}](notebooks/{papers.notebook(paper.slug).name})"
+        for paper in (p for p in papers.papers() if p.part == int(part)):
+            link = f"[{paper.number}](notebooks/{papers.notebook(paper.slug).name})"
+            number = link if paper.state == "ready" else paper.number
             source = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
             found = verdicts(paper.slug) or paper.state
             lines.append(f"| {number} | {source} ({paper.year}) | {paper.question} | {found} |")
@@ -238,6 +235,7 @@ def doctor() -> None:
     cache = zoo.home()
     kept = [path.stat().st_size for path in cache.glob("kept/*.kept")]
     probe = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    memory = psutil.virtual_memory()
     rows = [
         ("Python", platform.python_version()),
         ("libraries", "as pinned" if not wrong else "; ".join(wrong)),
@@ -245,7 +243,7 @@ def doctor() -> None:
         ("models", ", ".join(f"{n} ({'in the cache' if zoo.cached(n) else 'not fetched'})" for n in zoo.ZOO)),
         ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
         ("kept", f"{sum(kept) / 2**20:.2f} MB of results that notebooks share ({len(kept)})"),
-        ("memory", f"{psutil.virtual_memory().available / 2**30:.0f} of {psutil.virtual_memory().total / 2**30:.0f} GB free"),
+        ("memory", f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GB free"),
         ("kernel", "heads" if "heads" in kernelspec.find_kernel_specs() else "no kernel named heads: run make lab"),
         ("papers", f"{sum(p.state == 'ready' for p in papers.papers())} ready of {len(papers.papers())}"),
     ]

@@ -167,9 +167,10 @@ def animation(fig: plt.Figure, draw: Callable[[object], object], frames: Iterabl
 
     Raises ValueError for fewer than two frames and for a png that is too large for a notebook.
     """
-    pictures = _pictures(fig, draw, list(frames), dpi)
-    if len(pictures) < 2:
-        raise ValueError(f"an animation needs two frames or more, got {len(pictures)}: use save() for a figure that stands")
+    frames = list(frames)
+    if len(frames) < 2:
+        raise ValueError(f"an animation needs two frames or more, got {len(frames)}: use save() for a figure that stands")
+    pictures = _pictures(fig, draw, frames, dpi)
     times = [round(1000 * seconds / len(pictures))] * len(pictures)
     times[-1] += round(1000 * hold)
     stem, moving = Path(stem), BytesIO()
@@ -198,8 +199,6 @@ def _pictures(fig, draw, frames, dpi):
             fig.set_layout_engine("none")
         fig.canvas.draw()
         drawn.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
-    if not drawn:
-        return []
     # the colours of six frames spread over the whole, so that the first ones do not decide
     chosen = [drawn[i] for i in np.linspace(0, len(drawn) - 1, 6).astype(int)]
     palette = Image.fromarray(np.vstack([np.asarray(picture) for picture in chosen])).quantize(64, dither=Image.Dither.NONE)

@@ -128,7 +128,6 @@ def test_effective_embeddings_equal_their_definitions(decoder):
     found = effective_embedding(decoder, ids, "resid", batch=3)
     assert found.shape == (4, 7, decoder.anatomy.d_model)
     near(found, torch.stack([x[:, 1] for x in after[:4]]))
-    assert torch.equal(found[2], effective_embedding(decoder, ids, "resid", layer=2, batch=3))
     if plain.family != "gpt2":  # which adds positions; elsewhere this is what enters the first block, Gemma's scale included
         near(e, alone[0][:, 0])
     if plain.family.startswith("gemma"):
@@ -138,8 +137,6 @@ def test_effective_embeddings_equal_their_definitions(decoder):
 def test_a_kind_is_named_if_unknown(llama):
     with pytest.raises(LookupError, match="'mlp1'. Did you mean 'mlp0' .*Known: mlp0, e.mlp0, block0, resid"):
         effective_embedding(llama, torch.tensor([5]), "mlp1")
-    with pytest.raises(ValueError, match="layer=2 is for"):
-        effective_embedding(llama, torch.tensor([5]), "mlp0", layer=2)
     with pytest.raises(ValueError, match="at least one token"):
         effective_embedding(llama, torch.tensor([], dtype=torch.long))
 
@@ -292,8 +289,3 @@ def test_bad_maps_are_refused(llama):
         relabelled(LISTS, "backwards")
     with pytest.raises(ValueError, match="maps a token to itself"):
         successor_score(llama, relabelled(LISTS, "copy"), with_input=False)
-
-
-def test_an_effective_embedding_of_a_layer_that_is_not_there(llama):
-    with pytest.raises(IndexError, match="layers 0 to 3"):
-        effective_embedding(llama, torch.tensor([7]), "resid", layer=9)

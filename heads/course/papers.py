@@ -180,14 +180,10 @@ def check_parameters(slug: str, values: dict) -> None:
     declared = {p.name: p for p in parameters(slug)}
     for name, value in values.items():
         if name not in declared:
-            raise TypeError(
-                f"{slug} has no parameter {name!r}{nearest(name, declared)} It has: {', '.join(declared)}."
-            )
+            raise TypeError(f"{slug} has no parameter {name!r}{nearest(name, declared)} It has: {', '.join(declared)}.")
         default = declared[name].default
         if not _fits(value, default):
-            raise TypeError(
-                f"parameter {name!r} of {slug} is a {_kind(default)} (default {default!r}), not {value!r}"
-            )
+            raise TypeError(f"parameter {name!r} of {slug} is a {_kind(default)} (default {default!r}), not {value!r}")
 
 
 def _fits(value, default):
@@ -198,9 +194,7 @@ def _fits(value, default):
     if isinstance(default, float):
         return isinstance(value, (int, float))
     if isinstance(default, (list, tuple)):
-        return isinstance(value, (list, tuple)) and (
-            not default or all(any(_fits(v, d) for d in default) for v in value)
-        )
+        return isinstance(value, (list, tuple)) and (not default or all(any(_fits(v, d) for d in default) for v in value))
     return isinstance(value, type(default))
 
 

@@ -133,11 +133,12 @@ class Study:
         verdict = _verdict(id, holds, partly)
         if verdict != "holds" and not why.strip():
             raise ValueError(f"claim {id}: a verdict of {verdict!r} needs why=, the reason in one sentence")
-        row = {"id": id, "text": claim.text, "paper": claim.paper, "measured": plain(measured), "verdict": verdict, "why": why}
-        self._claims[id] = row
+        said = {"id": id, "text": claim.text, "paper": claim.paper}
+        self._claims[id] = row = {**said, "measured": plain(measured), "verdict": verdict, "why": why}
         (self._timed.add if timed else self._timed.discard)(id)
         here = prose(row["measured"])
-        return Shown(f"{id} {verdict}: {here}", f"**{id} {verdict}.** Here: {here}. The paper: {claim.paper}. {why}".rstrip())
+        markdown = f"**{id} {verdict}.** Here: {here}. The paper: {claim.paper}. {why}"
+        return Shown(f"{id} {verdict}: {here}", markdown.rstrip())
 
     def summary(self) -> None:
         """Print one line for each claim, `C1 holds`, and nothing that differs between machines.

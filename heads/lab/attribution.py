@@ -182,8 +182,12 @@ def _adds_up(model, total: torch.Tensor, last: torch.Tensor) -> None:
 # ----------------------------------------------------------------------------------- gradients
 
 
-def _activations(model, ids, at: torch.Tensor, gradient: bool):
-    """z and MLP outputs of every layer, and the logits at END; cut to the positions `at` unless a gradient is wanted."""
+Activations = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]
+
+
+def activations(model, ids: torch.Tensor, at: torch.Tensor | slice = slice(None), gradient: bool = False) -> Activations:
+    """z `[prompt, position, head, d_head]` and MLP outputs `[prompt, position, d_model]` of every layer, and the logits at
+    END `[prompt, vocabulary]`, float32; cut to the positions `at` unless a gradient is wanted."""
     with torch.set_grad_enabled(gradient), model.trace(input_ids=ids.to(model.device), logits_to_keep=1, use_cache=False):
         z, mlp = nnsight.save([]), nnsight.save([])
         for layer in model.layers:  # each is marked before the next is read: the model has moved on by then
@@ -193,9 +197,9 @@ def _activations(model, ids, at: torch.Tensor, gradient: bool):
     return z, mlp, logits
 
 
-def _marked(value: torch.Tensor, at: torch.Tensor, gradient: bool) -> torch.Tensor:
+def _marked(value: torch.Tensor, at: torch.Tensor | slice, gradient: bool) -> torch.Tensor:
     if not gradient:
-        return value[:, at.to(value.device)].clone()
+        return value[:, at].clone()
     return value if value.requires_grad else value.requires_grad_(True)  # weights have no gradient: start one
 
 
@@ -238,8 +242,8 @@ def attribution_patching(model, task: Task, metric: str | Metric = logit_differe
 def _first_order(model, part: Task, read: Metric, positions):
     mask = part.at(positions)
     at = mask.any(0).nonzero().flatten()  # positions that any prompt asks for
-    source_z, source_mlp, source_logits = _activations(model, part.corrupted, at, gradient=False)
-    z, mlp, logits = _activations(model, part.ids, at, gradient=True)
+    source_z, source_mlp, source_logits = activations(model, part.corrupted, at)
+    z, mlp, logits = activations(model, part.ids, gradient=True)
     with torch.enable_grad():
         base = _read(part, read, logits)
         slopes = torch.autograd.grad(base.sum(), [*z, *mlp])
@@ -291,7 +295,7 @@ def _line(model, part: Task, read: Metric, source: str, positions, steps: int):
     """Line integral of one batch: effects `[prompt, layer, head]`, and the metric with all gates open and closed."""
     mask, replaced = part.at(positions), None
     if source == "corrupted":
-        replaced = _activations(model, part.corrupted, torch.arange(part.ids.shape[1]), gradient=False)[0]
+        replaced = activations(model, part.corrupted)[0]
     shape = (len(part), model.anatomy.n_layers, model.anatomy.n_heads)
     total, nodes = torch.zeros(shape), np.polynomial.legendre.leggauss(steps)
     for node, weight in zip(*nodes, strict=True):
@@ -340,12 +344,9 @@ def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch
             for layer in model.layers:
                 streams.append(layer.input[:, -1])
             streams.append(model.layers[-1].output[:, -1])
-        base, rows = None, []
-        for x in reversed(streams):  # the last first: it is what KL compares with
-            logits = _unembed(model, x, read.columns(part))
-            base = logits if base is None else base
-            rows.append(read(logits, part, base).cpu())
-        found.append(torch.stack(rows[::-1]))
+        columns = read.columns(part)
+        base = _unembed(model, streams[-1], columns)
+        found.append(torch.stack([read(_unembed(model, x, columns), part, base).cpu() for x in streams]))
     return torch.cat(found, dim=1)
 
 

@@ -109,42 +109,41 @@ def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) 
 
 
 @torch.no_grad()
-def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", layer: int | None = None,
-                        batch: int = 256) -> torch.Tensor:  # fmt: skip
+def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", batch: int = 256) -> torch.Tensor:
     """What a token looks like to heads above the first layers, without context.
 
     Args:
         ids: `[token]`.
         kind: "mlp0": the first MLP, with its own norm, on the embedding alone, as in Gould et al. 2023. "e+mlp0": embedding
             plus that. "block0": the residual stream after the first block, run on the token alone (its attention can
-            only look at the token). "resid": the residual stream entering `layer` at t, run on [BOS, t].
-        layer: for "resid" only; None gives all layers.
+            only look at the token). "resid": the residual stream entering each layer at t, run on [BOS, t].
         batch: tokens in one pass.
 
     Returns:
-        `[token, d_model]`, float32; `[layer, token, d_model]` for "resid" of all layers. Position embeddings (GPT-2)
-        are in "block0" and "resid" only.
+        `[token, d_model]`, float32; `[layer, token, d_model]` for "resid". Position embeddings (GPT-2) are in "block0" and
+        "resid" only.
 
     Raises:
-        LookupError: for an unknown kind. ValueError: for a `layer` that is needless, or a tokenizer without a first token.
+        LookupError: for an unknown kind. ValueError: for no tokens, or a tokenizer without a first token.
     """
     decoder_only(model)
     known("effective embedding", kind, KINDS)
-    if layer is not None and kind != "resid":
-        raise ValueError(f"kind={kind!r} is the same for all layers: layer={layer} is for kind='resid'")
-    model.anatomy.check([(layer or 0, 0)])
     ids = torch.as_tensor(ids, device=model.device)
     if ids.dim() != 1 or not len(ids):
         raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")
-    return torch.cat([_effective(model, part, kind, layer) for part in ids.split(batch)], dim=-2)
+    return torch.cat([_effective(model, part, kind) for part in ids.split(batch)], dim=-2)
 
 
-def _effective(model, ids, kind: str, layer: int | None) -> torch.Tensor:
+def _effective(model, ids: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "resid":
         bos = model.tokenizer.bos_token_id
         if bos is None:
             raise ValueError("this tokenizer has no first token (bos_token): set one, or use kind='e+mlp0' or 'block0'")
-        return _residuals(model, torch.stack([torch.full_like(ids, bos), ids], 1), layer)
+        with model.trace(input_ids=torch.stack([torch.full_like(ids, bos), ids], 1), use_cache=False):
+            found = nnsight.save([])
+            for block in model.layers:
+                found.append(block.input[:, -1].float())
+        return torch.stack([x.to(found[0].device) for x in found])
     if kind == "block0":
         with model.trace(input_ids=ids[:, None], use_cache=False):
             x = model.layers[0].output[:, -1].save()
@@ -154,16 +153,6 @@ def _effective(model, ids, kind: str, layer: int | None) -> torch.Tensor:
     post = post_norms(model, 0)[1]
     out = out if post is None else post(out)
     return out.float() if kind == "mlp0" else out.float() + embedding.float()
-
-
-def _residuals(model, ids, layer: int | None) -> torch.Tensor:
-    """Residual stream entering each layer at the last position, `[layer, row, d_model]`, or one layer's."""
-    with model.trace(input_ids=ids, use_cache=False):
-        found = nnsight.save([])
-        for block in list(model.layers) if layer is None else [model.layers[layer]]:
-            found.append(block.input[:, -1].float())
-    found = torch.stack([x.to(found[0].device) for x in found])
-    return found if layer is None else found[0]
 
 
 # ------------------------------------------------------------------- successor and copying scores

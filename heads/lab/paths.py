@@ -25,6 +25,7 @@ import nnsight
 import torch
 from tqdm import tqdm
 
+from heads.lab.attribution import activations
 from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
 from heads.model.weights import hooked, output_projection
@@ -33,8 +34,6 @@ from heads.scores import Effects, Head
 from heads.tasks.base import Task
 
 COMPONENTS = ("q", "k", "v")
-MLPS = ("recompute", "freeze")
-SCANS = ("earliest", "last")
 ENGINES = ("auto", "fast", "literal")
 Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # base [prompt], source [prompt], change [set, prompt]
 MLP = "mlp"  # a sender (layer, MLP) is that layer's MLP
@@ -61,7 +60,7 @@ class Route:
     def check(self, model, task: Task) -> Route:
         """The route itself, if such an effect can be: ValueError and LookupError say why not."""
         known("component", self.component, COMPONENTS)
-        known("way to treat MLPs", self.mlps, MLPS)
+        known("way to treat MLPs", self.mlps, ("recompute", "freeze"))
         if not isinstance(self.position, str) or self.position not in task.roles:
             task.at(self.position)  # raises, naming the roles
             raise ValueError(f"path patching acts at one position per prompt: a role, not {self.position!r}")
@@ -106,7 +105,7 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     Raises:
         ValueError, LookupError, IndexError: for what cannot be meant, before any forward pass.
     """
-    known("scan", scan, SCANS)
+    known("scan", scan, ("earliest", "last"))
     known("engine", engine, ENGINES)
     route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
     top = model.anatomy.n_layers
@@ -251,8 +250,7 @@ class Columns:
         args, kwargs = self.clean.calls[i]
         n = len(hidden) // len(self.at)
         if tables := kwargs.get("position_embeddings"):  # rotary tables of each prompt's own position
-            kwargs = {"position_embeddings": tuple(x[0, self.at].repeat(n, 1)[:, None] for x in tables)}
-            kwargs = {**self.clean.calls[i][1], **kwargs}
+            kwargs = kwargs | {"position_embeddings": tuple(x[0, self.at].repeat(n, 1)[:, None] for x in tables)}
         try:
             self.clean.layer(i, hidden, {}, call=(args, kwargs), edit=keep)
         except _Stop:
@@ -316,8 +314,8 @@ def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route
 def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
     """Passes A to D as they are defined, one set of senders at a time, through nnsight: the oracle."""
     ids, rows, at = part.ids.to(model.device), torch.arange(len(part)), part.roles[route.position]
-    z_source, mlp_source, logits_source = _record(model, part.corrupted.to(model.device))
-    z_base, mlp_base, logits_base = _record(model, ids)
+    z_source, mlp_source, logits_source = activations(model, part.corrupted)
+    z_base, mlp_base, logits_base = activations(model, ids)
     reference = metric.pick(logits_base, part)
     base, values = metric(reference, part, reference).cpu(), []
     for senders in sets:
@@ -332,17 +330,6 @@ def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens:
         values.append(metric(metric.pick(logits, part), part, reference).cpu() - base)
         bar.update(len(part))
     return base, metric(metric.pick(logits_source, part), part, reference).cpu(), torch.stack(values)
-
-
-def _record(model, ids):
-    """z of all heads and MLP outputs, per layer, and the logits at END."""
-    with torch.no_grad(), model.trace(input_ids=ids, use_cache=False):
-        z, mlp = nnsight.save([]), nnsight.save([])
-        for layer in model.layers:
-            z.append(layer.attn.heads.clone())
-            mlp.append(layer.mlp.output.clone())
-        logits = model.logits[:, -1].save()
-    return z, mlp, logits
 
 
 def _pass_c(model, ids, z, mlp, held, route, rows, at):

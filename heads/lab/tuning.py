@@ -61,7 +61,7 @@ class HeadWeights:
         self.model, self.heads, self.parts = model, model.anatomy.check(heads), _checked(parts)
         if not self.heads:
             raise ValueError("no heads were chosen: there is nothing to tune")
-        self.counts, self._places, self._on = dict.fromkeys(parts, 0), {}, False
+        self.counts, self._places = dict.fromkeys(parts, 0), {}
         self._group = model.anatomy.n_heads // model.anatomy.n_kv_heads
         for layer in sorted({layer for layer, _ in self.heads}):
             self._add(layer, sorted(head for i, head in self.heads if i == layer))
@@ -113,28 +113,17 @@ class HeadWeights:
         mates = f"; keys and values shared with {len(self.shared)} other heads" if self.shared else ""
         return f"HeadWeights({len(self.heads)} heads, {self.count:,} parameters: {parts}{mates})"
 
-    def attach(self) -> HeadWeights:
-        """The model runs with these weights until `restore()`. What `with` does."""
-        if not self._on:
-            self._order = {module: list(module._parameters) for module, _, _ in self._places.values()}
-            for module, tensor, piece in self._places.values():
-                parametrize.register_parametrization(module, tensor, piece)
-            self._on = True
+    def __enter__(self) -> HeadWeights:
+        self._order = {module: list(module._parameters) for module, _, _ in self._places.values()}
+        for module, tensor, piece in self._places.values():
+            parametrize.register_parametrization(module, tensor, piece)
         return self
 
-    def restore(self) -> None:
-        """The model runs with its own weights again, to the bit."""
-        if self._on:
-            for module, tensor, _ in self._places.values():
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-            for module, order in self._order.items():  # as it was: a state dict keeps the order of its names
-                module._parameters = {name: module._parameters[name] for name in order}
-            self._on = False
-
-    __enter__ = attach
-
     def __exit__(self, *_) -> None:
-        self.restore()
+        for module, tensor, _ in self._places.values():
+            parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+        for module, order in self._order.items():  # as it was: a state dict keeps the order of its names
+            module._parameters = {name: module._parameters[name] for name in order}
 
 
 def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeights:
@@ -150,21 +139,6 @@ def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeight
         that are being tuned already.
     """
     return HeadWeights(model, heads, parts)
-
-
-@contextmanager
-def all_weights(model) -> Iterator[list[nn.Parameter]]:
-    """Every weight as trainable for as long as the `with` block lasts; then given back, to the bit."""
-    weights = list(model._module.parameters())
-    kept = [weight.detach().to("cpu", copy=True) for weight in weights]  # a GPU needs its memory for the training
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield weights
-    finally:
-        for weight, old in zip(weights, kept):
-            weight.requires_grad_(False).copy_(old)
-            weight.grad = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +218,27 @@ def prompt_tuning(model, tokens: int = 10, text: str | None = None, seed: int = 
     with torch.no_grad():
         wrapped.prompt_encoder["default"].embedding.weight.copy_(table[[chosen[i % len(chosen)] for i in range(tokens)]])
     yield Adapter(wrapped, f"prompt tuning with {tokens} tokens")
+
+
+@contextmanager
+def all_weights(model) -> Iterator[list[nn.Parameter]]:
+    """Every weight as something to train, inside a `with` block; after it the model is as before, to the bit.
+
+    Yields:
+        The parameters: hand them to `fit`.
+    """
+    weights = list(model._module.parameters())
+    # a GPU needs its memory for the training
+    kept = [(weight.requires_grad, weight.detach().to("cpu", copy=True)) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        with torch.no_grad():
+            for weight, (trained, old) in zip(weights, kept):
+                weight.requires_grad_(trained).copy_(old)
+                weight.grad = None
 
 
 def _wrapped(model, config, seed: int) -> nn.Module:

@@ -72,17 +72,18 @@ def _sum(model, ids, tolerance) -> float:
     return worst
 
 
-def _logits(model, ids, edit=None):
-    layer, head = edit if edit else (None, None)
+def _logits(model, ids, edit=lambda layers: None) -> torch.Tensor:
     with model.trace(ids):
-        if edit is not None:
-            model.layers[layer].attn.heads[:, :, head] = 0
+        edit(model.layers)
         logits = model.logits.save()
     return logits
 
 
 def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
-    edited = _logits(model, ids, (layer, head))
+    def silence(layers):
+        layers[layer].attn.heads[:, :, head] = 0
+
+    edited = _logits(model, ids, silence)
     rows = output_projection(model, layer)[head * model.anatomy.d_head :][: model.anatomy.d_head]
     kept = rows.clone()
     try:
@@ -100,11 +101,10 @@ def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
 
 
 def _no_op(model, ids) -> float:
-    clean = _logits(model, ids)
-    with model.trace(ids):
-        for layer in model.layers:
+    def rewrite(layers):
+        for layer in layers:
             layer.attn.heads[:] = layer.attn.heads.clone()
-        logits = model.logits.save()
-    if not torch.equal(clean, logits):
+
+    if not torch.equal(_logits(model, ids), _logits(model, ids, rewrite)):
         raise IdentityError("writing every head back as it was read changes the logits")
     return 0.0

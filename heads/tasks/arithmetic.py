@@ -24,7 +24,6 @@ TEMPLATES = {
 }
 # What stands in the operator's place where nothing is to be calculated.
 NEUTRAL = {"symbols": "&", "question": "and", "equals": "and", "noun": "pair"}
-COUNTERFACTUALS = ("operands", "operator")
 
 
 def arithmetic(model, n: int | None = None, seed: int = 0, operation: str = "addition", template: str = "symbols",
@@ -50,7 +49,7 @@ def arithmetic(model, n: int | None = None, seed: int = 0, operation: str = "add
     """
     known("operation", operation, OPERATIONS)
     known("template of arithmetic", template, TEMPLATES)
-    known("counterfactual of arithmetic", counterfactual, COUNTERFACTUALS)
+    known("counterfactual of arithmetic", counterfactual, ("operands", "operator"))
     name = f"arithmetic, {operation}"
     gap, numbers, dropped = _numbers(model, template, largest)
     problems = _problems(operation, set(numbers))
@@ -87,7 +86,7 @@ def _numbers(model, template: str, largest: int):
     if not kept:
         raise ValueError("arithmetic: this tokenizer has no one-token digits")
     gap = " " if template != "symbols" and not kept[0].startswith(" ") else ""
-    return gap, [int(text) for text in kept], [(text.strip(), reason) for text, reason in dropped]
+    return gap, [int(text) for text in kept], dropped
 
 
 def _problems(operation: str, numbers: set[int]) -> list[tuple[int, int, int]]:

@@ -203,8 +203,8 @@ def one_token(tokenizer, prompt: str, continuation: str) -> int:
 def single(model, words: Iterable[str], after: str = "\n") -> tuple[list[str], list[tuple[str, str]]]:
     """The words that are one token after a text, and (word, reason) for the others.
 
-    The words come with their leading space, if they have one. A line break before them keeps apart what some
-    tokenizers treat alike, the start of a text and a space.
+    The words come with their leading space, if they have one, and are dropped without it. A line break before them
+    keeps apart what some tokenizers treat alike, the start of a text and a space.
     """
     kept, dropped = [], []
     for word in words:
@@ -212,7 +212,7 @@ def single(model, words: Iterable[str], after: str = "\n") -> tuple[list[str], l
             one_token(model.tokenizer, after, word)
             kept.append(word)
         except ValueError:
-            dropped.append((word, f"{len(pieces(model.tokenizer, after, word))} tokens"))
+            dropped.append((word.strip(), f"{len(pieces(model.tokenizer, after, word))} tokens"))
     return kept, dropped
 
 

@@ -16,7 +16,6 @@ OBJECTS = (
 COLOURS = "red orange yellow green blue purple brown black".split()
 PLACES = "table desk floor".split()
 OPENINGS = ("there is", "you see", "I see")
-FOILS = ("twin", "both")
 
 
 def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> Task:
@@ -35,7 +34,7 @@ def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> T
         LookupError: for unknown foils.
         ValueError: if this tokenizer has too few one-token objects or colours.
     """
-    known("foils of colored_objects", foils, FOILS)
+    known("foils of colored_objects", foils, ("twin", "both"))
     count("colored_objects", n)
     objects, a = single(model, [f" {w}" for w in OBJECTS])
     small, b = single(model, [f" {w}" for w in COLOURS])
@@ -49,7 +48,7 @@ def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> T
         )
     rng = np.random.default_rng(seed)
     items = distinct("colored_objects", n, lambda: _item(rng, objects, colours, foils))
-    return build(model, "colored_objects", items, n, [(word.strip(), reason) for word, reason in a + b + c])
+    return build(model, "colored_objects", items, n, a + b + c)
 
 
 def _item(rng, objects, colours, foils: str) -> Item:

@@ -57,7 +57,6 @@ def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: i
     known("template of ioi", template, [*range(len(TEMPLATES)), "all"])
     count("ioi", n)
     (names, a), (places, b), (objects, c) = (single(model, [f" {w}" for w in words]) for words in (NAMES, PLACES, OBJECTS))
-    dropped = [(word.strip(), reason) for word, reason in a + b + c]
     if len(names) < 5 or not places or not objects:
         raise ValueError(
             f"ioi: this tokenizer has one token for {len(names)} of {len(NAMES)} names, {len(places)} of {len(PLACES)} "
@@ -68,7 +67,7 @@ def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: i
     made = [distinct("ioi", half, lambda: _item(rng, words, templates, order, corruption))
             for order, half in (("ABBA", n - n // 2), ("BABA", n // 2)) if half]  # fmt: skip
     items = [made[i % 2][i // 2] for i in range(n)]
-    return build(model, "ioi", items, n, dropped)
+    return build(model, "ioi", items, n, a + b + c)
 
 
 def _item(rng, words, templates, order: str, corruption: str) -> Item:

@@ -117,7 +117,7 @@ def _sample(tokenizer, row, hay, start, length, depth, form, buffer) -> Sample:
     if room < 20:
         raise ValueError(f"a prompt of {length} tokens leaves {room} for the haystack: ask for at least {length - room + 20}")
     if room > len(hay):
-        raise ValueError(f"the haystack holds {len(hay)} tokens, {room} are needed: give a longer source or a shorter length")
+        raise ValueError(f"the haystack holds {len(hay)} tokens, {room} are needed: give a longer source or shorter length")
     start = min(start, len(hay) - room)
     cut = _full_stop(tokenizer, hay[start : start + room], depth)
     before = tokenizer.decode(hay[start : start + cut]).strip()

@@ -34,7 +34,6 @@ CYCLIC = ("days", "day prefixes", "months", "month prefixes")
 # Space before, and case: as in LISTS, or with the first letter's case flipped.
 FORMS = {"space": (" ", False), "bare": ("", False), "space, case flipped": (" ", True), "bare, case flipped": ("", True)}
 CORRUPTIONS = ("window", "shuffled")
-MAPS = ("predecessor", "copy", "permutation")
 # name -> (ids [item], pairs [pair, 2]); or what `succession_lists` returns
 Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]] | Sequence
 
@@ -117,7 +116,7 @@ def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.
     Raises:
         LookupError: for an unknown kind.
     """
-    known("map of a list", kind, MAPS)
+    known("map of a list", kind, ("predecessor", "copy", "permutation"))
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, (ids, pairs) in _by_name(lists).items():
         pairs = torch.as_tensor(pairs)
@@ -246,8 +245,7 @@ def _windows(model, name: str, length: int, flipped: bool) -> tuple[list[_Window
     starts = range(len(texts) if name in CYCLIC else len(texts) - length)
     runs = [[(start + k) % len(texts) for k in range(length + 1)] for start in starts]
     found = [_Window(name, tuple(run[:-1]), run[-1], items, gap) for run in runs if items.keys() >= set(run)]
-    found = [replace(w, tokens=len(model.tokenizer(w.prompt).input_ids)) for w in found]
-    return found, [(text.strip(), reason) for text, reason in dropped]
+    return [replace(w, tokens=len(model.tokenizer(w.prompt).input_ids)) for w in found], dropped
 
 
 def _other(rng, window: _Window, windows: list[_Window]) -> str | None:

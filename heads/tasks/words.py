@@ -17,7 +17,6 @@ from heads.names import count, data, known
 from heads.tasks.base import Item, Task, build, pieces
 
 LABELS = ("right", "shuffled")
-SPLITS = ("train", "test")
 
 
 @cache
@@ -43,7 +42,7 @@ def word_pairs(name: str, split: str | None = None) -> list[tuple[str, str]]:
     """
     known("word task", name, _data())
     if split is not None:
-        known("split", split, SPLITS)
+        known("split", split, ("train", "test"))
     pairs = [(x, y) for x, y in _data()[name]["pairs"]]
     order = sorted(pairs, key=lambda pair: zlib.crc32(f"{name}: {pair[0]}".encode()))
     train = set(order[: round(0.6 * len(order))])
@@ -147,15 +146,15 @@ class _Draw:
     def items(self, n: int | None) -> tuple[list[Item], list[tuple[str, str]]]:
         """`n` different prompts, or fewer, and (pair, reason) of what failed; every word once before one comes again."""
         found, failed, wanted = {}, {}, n or len(self.asked)
-        for _ in range(1 if n is None else 20 + wanted // len(self.asked)):
-            for i in self.rng.permutation(len(self.asked)):
-                try:
-                    item = self.item(self.asked[i])
-                    found.setdefault(item.prompt, item)
-                except ValueError as reason:
-                    failed[str(self.asked[i])] = str(reason)
-                if len(found) == wanted:
-                    return list(found.values()), list(failed.items())
+        rounds = range(1 if n is None else 20 + wanted // len(self.asked))
+        for i in (i for _ in rounds for i in self.rng.permutation(len(self.asked))):
+            try:
+                item = self.item(self.asked[i])
+                found.setdefault(item.prompt, item)
+            except ValueError as reason:
+                failed[str(self.asked[i])] = str(reason)
+            if len(found) == wanted:
+                break
         return list(found.values()), list(failed.items())
 
     def item(self, query: _Pair) -> Item:
