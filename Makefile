@@ -23,9 +23,10 @@ figures: $(MODEL)  ## regenerate the figures of all ready papers, or of one: PAP
 
 # The notebooks run even if a test fails (1), not after a Ctrl-C (2). Both draw into a folder of
 # their own, so that a test leaves the committed figures alone.
+# The tests run on two processes with one thread each: the matrices are small, a file's fixtures stay together.
 test: $(MODEL)  ## the tests, then every notebook
 	@HEADS_FIGURES=$$(mktemp -d); export HEADS_FIGURES; trap 'rm -rf "$$HEADS_FIGURES"' EXIT; \
-	status=0; $(PY) -m pytest tests || status=$$?; test $$status -le 1 || exit $$status; \
+	status=0; $(PY) -m pytest tests -n 2 --dist loadfile || status=$$?; test $$status -le 1 || exit $$status; \
 	if ls notebooks/*.ipynb >/dev/null 2>&1; then \
 		$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 			-p no:cacheprovider notebooks || status=1; \
