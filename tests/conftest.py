@@ -4,6 +4,7 @@
 are written out here, attention is transformers' own eager one, and edits are torch's own hooks.
 """
 
+import os
 from contextlib import contextmanager
 from functools import cache
 
@@ -16,8 +17,10 @@ import heads
 import heads.model.tiny
 from heads.model.zoo import TINY
 
-# Matrices this small gain nothing from threads, and wait long for each other on a busy machine.
+# Matrices this small gain nothing from threads, and wait long for each other on a busy machine: not here, and not in the
+# kernels and commands that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = tuple(family for family in TINY if family not in ENCODERS)
@@ -41,6 +44,19 @@ PLACES = {
     "modernbert": ("model.layers", "attn.Wo", "model.final_norm", "attn_norm", "mlp_norm"),
 }  # fmt: skip
 POST_NORMED = ("gemma2", "gemma3")  # what attention and MLP write goes through a norm of its own
+
+
+# Files whose tests wait for kernels and commands: with two processes they begin first, so that neither ends alone.
+LONG = ("test_run", "test_cli", "test_notebooks", "test_readme", "test_study", "test_retrieval")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would begin with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @cache

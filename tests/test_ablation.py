@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from conftest import DECODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import by_hand, replaced, uniform
@@ -126,12 +126,14 @@ def test_generate_equals_running_the_whole_text_again(decoder, kind, where, at):
     assert torch.equal(found, ids)
 
 
+WHERE = [{"phase": "decode"}, {"positions": [-2]}, {}, {"phase": "prefill"}, {"positions": [1, 3]}]
+FULLY = ("llama", "gpt2", "gemma2")  # where to edit is counted alike in every family: two ways tell whether a mask is read
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "where", [{}, {"phase": "decode"}, {"phase": "prefill"}, {"positions": [-2]}, {"positions": [1, 3]}]
-)
-def test_a_padded_batch_is_ablated_like_each_prompt(decoder, side, where):
-    texts = ["rain", "ten geese and a lamp", "two brown owls"]
+@pytest.mark.parametrize("family, where", [(f, w) for f in DECODERS for w in (WHERE if f in FULLY else WHERE[:2])])
+def test_a_padded_batch_is_ablated_like_each_prompt(family, side, where):
+    decoder, texts = tiny(family), ["rain", "ten geese and a lamp", "two brown owls"]
     values = torch.randn(4, 20, 4, decoder.anatomy.d_head)  # another one at each position
     for kind, more in (("zero", {}), ("uniform", {}), ("mean", {"values": values})):
         edited, inputs = heads.ablate(decoder, CHOSEN, kind, **more, **where), padded(decoder, texts, side)
@@ -221,12 +223,22 @@ def test_the_order_of_heads_does_not_matter(chosen, kind, random):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("nothing", [[], [[]], [[], []]], ids=["no heads", "one empty set", "two empty sets"])
-def test_ablating_nothing_changes_nothing_to_the_bit(any_model, kind, nothing):
+def ablated(model, nothing, kind, ids):
+    reference = {"reference": [ids_of(model, seed=1)]} if kind in ("mean", "resample") else {}
+    return logits_of(heads.ablate(model, nothing, kind, **reference), ids)
+
+
+def test_ablating_nothing_changes_nothing_to_the_bit(any_model):
     ids = ids_of(any_model, rows=2)
-    reference = {"reference": [ids_of(any_model, seed=1)]} if kind in ("mean", "resample") else {}
-    assert torch.equal(logits_of(heads.ablate(any_model, nothing, kind, **reference), ids), plain_logits(any_model, ids))
+    for kind in KINDS:
+        assert torch.equal(ablated(any_model, [], kind, ids), plain_logits(any_model, ids)), kind
+
+
+@pytest.mark.parametrize("nothing", [[[]], [[], []]], ids=["one empty set", "two empty sets"])
+def test_empty_sets_are_no_heads_in_every_kind(llama, nothing):
+    ids = ids_of(llama, rows=2)
+    for kind in KINDS:
+        assert torch.equal(ablated(llama, nothing, kind, ids), plain_logits(llama, ids)), kind
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -6,7 +6,7 @@ import sys
 
 import nbformat
 import pytest
-from toys import CLAIMS, STUDY, toy_notebook
+from toys import toy_notebook
 
 from heads import cli
 from heads.course import papers
@@ -96,8 +96,12 @@ def test_info_shows_both_numbers_and_the_parameters(result):
         (["fetch", "smolm2-135m"], "smollm2-135m"),
     ],
 )
-def test_what_is_wrong_is_refused_in_a_line_or_two(tree, arguments, words):
-    status, out, err = heads(*arguments)
+def test_what_is_wrong_is_refused_in_a_line_or_two(tree, arguments, words, monkeypatch, capsys):
+    """`main` in this process, as `python -m heads` calls it."""
+    monkeypatch.setattr(sys, "argv", ["heads", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    status, (out, err) = stopped.value.code, capsys.readouterr()
     assert status == 2 and words in err and out == ""
     assert "Traceback" not in err and (err.count("\n") <= 2 or "Usage" in err)
     assert not (tree / "runs").exists(), "nothing was started"
@@ -119,15 +123,16 @@ def test_values_are_literals(text, value):
 
 
 def test_a_run_ends_with_its_verdicts(tree):
-    status, out, err = heads("run", "toy-paper", "--preset", "smoke", "-p", "rate=1")
+    status, out, err = heads("run", "toy-paper", "--preset", "smoke")
     assert status == 0 and "C1 holds, C2 not tested here" in out
+    assert (tree / "runs" / "toy-paper-smoke" / "figures" / "result.json").is_file()
     assert "Traceback" not in err and "\r" not in err, "no bar where there is no terminal"
 
 
 def test_the_exit_status_counts_failures(tree):
-    nbformat.write(toy_notebook(STUDY, CLAIMS, "1 / 0"), papers.notebook("toy-paper"))
+    nbformat.write(toy_notebook("1 / 0"), papers.notebook("toy-paper"))  # no study: nothing heavy to import before it fails
     status, out, err = heads("run", "toy-paper", "toy-paper")
-    assert status == 2 and err.count("toy-paper: failed: cell 4: ZeroDivisionError") == 2 and "Traceback" not in err
+    assert status == 2 and err.count("toy-paper: failed: cell 2: ZeroDivisionError") == 2 and "Traceback" not in err
     status, _, err = heads("run", "--all")
     assert status == 1
     status, _, err = heads("run", "--all", "--refresh")

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import heads
 from heads import cli
-from heads.lab import documents
+from heads.lab import answers, documents
 from heads.lab.answers import token_losses
 from heads.lab.documents import Summary, score_documents
 
@@ -102,7 +102,7 @@ def test_a_long_document_is_split_and_says_so(llama, tmp_path):
 
 def test_batches_respect_the_budget_and_hold_everything():
     pieces = [(k, [0] * n) for k, n in enumerate((5, 40, 7, 7, 100, 1, 12))]
-    found = list(documents._batches(pieces, 30))
+    found = list(answers.batches(pieces, 30))
     assert sorted(piece[0] for batch in found for piece in batch) == list(range(7))
     assert all(len(batch) == 1 or max(len(ids) for _, ids in batch) * len(batch) <= 30 for batch in found)
     assert len(found) < 7
@@ -286,10 +286,12 @@ def test_documents_are_never_all_held(llama, tmp_path, monkeypatch):
 def test_bad_arguments_are_refused_before_anything_is_written(llama, tmp_path):
     for wrong, message in [
         ({"shard": (2, 2)}, "numbered from 0"), ({"length": 1}, "from 2"), ({"length": 9999}, "context"),
-        ({"tokens": 0}, "at least 1"), ({"conditions": {}}, "no conditions"), ({"kind": "all"}, "kind="),
+        ({"tokens": 0}, "at least 1"), ({"conditions": {}}, "no conditions"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             score_documents(llama, corpus(1), tmp_path / "s", **{"conditions": CONDITIONS} | wrong)
+    with pytest.raises(LookupError, match="no kind of ablation 'all'. Known: zero, mean, resample, uniform"):
+        score_documents(llama, corpus(1), tmp_path / "s", CONDITIONS, kind="all")
     with pytest.raises(ValueError, match="encoder"):
         score_documents(tiny("bert"), corpus(1), tmp_path / "s", CONDITIONS)
     for documents_, out, message in [

@@ -342,20 +342,17 @@ def test_a_broken_copy_fails_its_smoke_run(committed, capfd):
 # ---- nbval compares what deserves comparing -----------------------------------------------
 
 
-def nbval(path):
-    """The exit status of nbval on one notebook, as the test command calls it."""
-    arguments = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-q", "--rootdir", path.parent]
-    done = subprocess.run([sys.executable, "-m", "pytest", *map(str, arguments), str(path)], capture_output=True, text=True)
-    return done.returncode, done.stdout
-
-
-@pytest.mark.parametrize(
-    "stored, tag, status", [("1", "nbval-check-output", 0), ("2", "nbval-check-output", 1), ("2", "other", 0)]
-)
-def test_nbval_fails_on_a_wrong_output_in_a_checked_cell(tmp_path, stored, tag, status):
-    output = v4.new_output("stream", name="stdout", text=f"C{stored} holds\n")
-    checked = v4.new_code_cell("print('C1 holds')", metadata={"tags": [tag]}, execution_count=1, outputs=[output])
-    book = v4.new_notebook(cells=[checked], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    nbformat.write(book, tmp_path / "tiny.ipynb")
-    found, report = nbval(tmp_path / "tiny.ipynb")
-    assert found == status, report
+def test_nbval_fails_on_a_wrong_output_in_a_checked_cell_and_on_nothing_else(tmp_path):
+    """Three notebooks that print "C1 holds", by nbval as the test command calls it."""
+    checked = "nbval-check-output"
+    for name, stored, tag in (("right", "C1", checked), ("wrong", "C2", checked), ("unchecked", "C2", "other")):
+        output = v4.new_output("stream", name="stdout", text=f"{stored} holds\n")
+        cell = v4.new_code_cell("print('C1 holds')", metadata={"tags": [tag]}, execution_count=1, outputs=[output])
+        book = v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        nbformat.write(book, tmp_path / f"{name}.ipynb")
+    arguments = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-q", "-rA", "--rootdir", tmp_path]
+    command = [sys.executable, "-m", "pytest", *map(str, arguments), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    found = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED) .*?(\w+)\.ipynb::", done.stdout, re.M)}
+    assert found == {"right": "PASSED", "wrong": "FAILED", "unchecked": "PASSED"}, done.stdout

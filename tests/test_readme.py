@@ -26,7 +26,12 @@ def test_torch_is_pinned_as_in_the_project():
 
 
 def test_the_example_runs(tmp_path):
+    """As it stands, on smaller tasks."""
     example = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    sizes = {"lengths=[500], depths=[0.1, 0.5, 0.9]": "lengths=[110], depths=[0.5]", "ioi(lm, 16)": "ioi(lm, 2)"}
+    for size, smaller in sizes.items():
+        assert size in example
+        example = example.replace(size, smaller)
     script = tmp_path / "example.py"  # nnsight reads a trace's source from a file
     script.write_text(example + "\nassert logits.shape[-1] == 49152 and abs(float(pattern.sum(-1).mean()) - 1) < 1e-4\n")
     exec(compile(script.read_text(), str(script), "exec"), {"__name__": "example"})

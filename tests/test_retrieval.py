@@ -19,8 +19,9 @@ def trial(model, sample, *args) -> Trial:
     return retrieval_scores(model, [sample], *args, progress=False).trials[0]
 
 
-def literal(module, tokenizer, sample, max_new_tokens, stop, dedup=False):
-    """One full eager forward per token, one head at a time. Returns scores, attention to needle and first, text."""
+def literal(module, tokenizer, sample, max_new_tokens, stop):
+    """One full eager forward per token, one head at a time. Returns scores (every copy counts; every place once),
+    attention to needle and first, text."""
     text, (start, end) = sample.ids[0].tolist(), sample.span
     k, prompt, copied = end - start, len(text), {}
     needle, first, written = 0, 0, []
@@ -39,17 +40,17 @@ def literal(module, tokenizer, sample, max_new_tokens, stop, dedup=False):
         needle, first = needle + rows[..., start:end].sum(-1), first + rows[..., 0]
         text.append(w)
         written.append(w)
-    scores = np.zeros(rows.shape[:2])
+    scores = np.zeros((2, *rows.shape[:2]))
     for head, places in copied.items():
-        scores[head] = len(set(places) if dedup else places) / k
+        scores[:, *head] = len(places) / k, len(set(places)) / k
     return scores, needle / len(written), first / len(written), tokenizer.decode(text[prompt:])
 
 
 def compare(model, module, sample, max_new_tokens, stop) -> Trial:
+    scores, needle, first, response = literal(module, model.tokenizer, sample, max_new_tokens, stop)
     for dedup in (False, True):
         found = trial(model, sample, max_new_tokens, stop, dedup)
-        scores, needle, first, response = literal(module, model.tokenizer, sample, max_new_tokens, stop, dedup)
-        np.testing.assert_allclose(found.copies, scores, atol=1e-6)
+        np.testing.assert_allclose(found.copies, scores[int(dedup)], atol=1e-6)
         np.testing.assert_allclose(found.needle, needle, atol=1e-4)
         np.testing.assert_allclose(found.first, first, atol=1e-4)
         assert found.response == response
@@ -134,8 +135,7 @@ def same(ours: list[Trial], theirs: list[Trial]) -> None:
         np.testing.assert_allclose(a.first, b.first, atol=1e-5)
 
 
-@pytest.mark.parametrize("dedup", [False, True])
-def test_samples_of_different_lengths_together_score_as_one_by_one(decoder, dedup):
+def test_samples_of_different_lengths_together_score_as_one_by_one(decoder, dedup=False):
     samples = [repeating(decoder, seed, length) for seed, length in enumerate((36, 24, 40, 30))]
     together, few, alone = (
         retrieval_scores(decoder, samples, 8, None, dedup, progress=False, batch_tokens=tokens).trials
@@ -144,6 +144,10 @@ def test_samples_of_different_lengths_together_score_as_one_by_one(decoder, dedu
     same(together, alone)
     same(few, alone)
     assert sum(t.copies.sum() for t in alone) > 0, "no head copies: this test cannot fail"
+
+
+def test_places_that_count_once_do_so_in_a_batch(llama):
+    test_samples_of_different_lengths_together_score_as_one_by_one(llama, dedup=True)
 
 
 def test_samples_of_the_default_model_together_score_as_one_by_one(default):

@@ -1,0 +1,45 @@
+"""Names that a user gives: one way to be wrong, and a façade that hands out each when it is first used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import heads
+from heads import names
+
+
+def test_a_known_name_is_returned():
+    assert names.known("kind", "zero", ("zero", "mean")) == "zero"
+    assert names.known("reference", None, (None, "mean")) is None
+    assert names.known("template", 2, range(3)) == 2
+
+
+@pytest.mark.parametrize("given, said", [
+    ("zeroo", "no kind 'zeroo'. Did you mean 'zero'? Known: zero, mean, 3"),
+    ("xyzzy", "no kind 'xyzzy'. Known: zero, mean, 3"),
+    (7, "no kind 7. Known: zero, mean, 3"),
+    (None, "no kind None. Known: zero, mean, 3"),
+])  # fmt: skip
+def test_an_unknown_name_is_refused_with_the_nearest_and_all(given, said):
+    with pytest.raises(LookupError) as refused:
+        names.known("kind", given, iter(["zero", "mean", 3]))
+    assert str(refused.value) == said
+
+
+def test_every_name_of_the_facades_is_there():
+    for facade in (heads, heads.tasks):
+        assert facade.__all__ and set(facade.__all__) <= set(dir(facade))
+        for name in facade.__all__:
+            assert getattr(facade, name) is not None
+    with pytest.raises(AttributeError, match="module 'heads' has no attribute 'ablat'. Did you mean 'ablate'"):
+        _ = heads.ablat
+
+
+def test_a_task_is_not_hidden_behind_its_file_and_the_facade_is_light():
+    code = (
+        "import sys, heads; assert not {'torch', 'transformers', 'heads.tasks.base'} & set(sys.modules);"
+        "import heads.tasks.ioi;"
+        "from heads.tasks import ioi; assert callable(ioi) and callable(heads.tasks.ioi); heads.tasks.words; heads.load"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
