@@ -103,13 +103,13 @@ def draw(sizes: list[dict]):
     plot.style()
     fig, ax = plot.plt.subplots(figsize=(8, 3.8))
     for i, size in enumerate(sizes[::-1]):
-        ax.barh(i + 0.19, size["ours"], 0.36, color=plot.COLORS["blue"], label=None if i else "heads")
         if size["peer"]:
-            ax.barh(i - 0.19, size["peer"], 0.36, color=plot.GREY, label=None if i else "plain transformers")
+            ax.plot(size["peer"], i, "D", color=plot.GREY, ms=9, label=None if i else "plain transformers")
+        ax.plot(size["ours"], i, "o", color=plot.COLORS["blue"], ms=9, label=None if i else "heads")
         if size["aim"]:
-            ax.plot([size["aim"]] * 2, [i, i + 0.38], color="black", lw=2, label=None if i else "aim")
+            ax.plot([size["aim"]] * 2, [i - 0.25, i + 0.25], color="black", lw=2, label=None if i else "aim")
     ax.set_yticks(range(len(sizes)), [size["size"] for size in sizes[::-1]])
-    ax.set(xscale="log", xlabel="seconds", title="What one waits for")
-    ax.grid(False, axis="y")
+    ax.set(xscale="log", xlabel="seconds", title="What one waits for", ylim=(-0.5, len(sizes) - 0.5))
+    ax.xaxis.set_major_formatter("{x:g}")
     fig.legend(loc="outside lower center", ncols=3)
     return fig, plot.pd.DataFrame([{k: v for k, v in size.items() if k != "difference"} for size in sizes])
