@@ -4,6 +4,7 @@
 VENV ?= .venv
 # Which build of torch: cpu, auto (finds the GPU), cu130, ... The choice is remembered.
 TORCH_BACKEND ?= $(shell cat $(VENV)/.torch-backend 2>/dev/null || echo cpu)
+NOTEBOOKS :=
 
 PY    := $(VENV)/bin/python
 HEADS := $(PY) -m heads
