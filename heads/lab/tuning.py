@@ -226,6 +226,27 @@ def prompt_tuning(model, tokens: int = 10, text: str | None = None, seed: int = 
     yield Adapter(wrapped, f"prompt tuning with {tokens} tokens")
 
 
+@contextmanager
+def all_weights(model) -> Iterator[list[nn.Parameter]]:
+    """Every weight as something to train, for as long as the `with` block lasts; after it the model is as before, to the bit.
+
+    Yields:
+        The parameters: hand them to `fit`.
+    """
+    weights = list(model._module.parameters())
+    # a GPU needs its memory for the training
+    kept = [(weight.requires_grad, weight.detach().to("cpu", copy=True)) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        with torch.no_grad():
+            for weight, (trained, old) in zip(weights, kept):
+                weight.requires_grad_(trained).copy_(old)
+                weight.grad = None
+
+
 def _wrapped(model, config, seed: int) -> nn.Module:
     from peft import get_peft_model
 
