@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from heads.lab.answers import batches, losses_in, prepared
 
 WINDOW = 64  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
+HALF = re.compile("[\ud800-\udfff]")
 
 _json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -93,7 +95,7 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     source, out = source_of(documents, out), Path(out)
     models, chosen = prepared(model, conditions, kind)
     run = {
-        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": _identity(source),
+        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": source and _identity(source),
         "conditions": chosen, "kind": kind,
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
     }  # fmt: skip
@@ -149,13 +151,10 @@ def _checked(model, conditions, length, tokens, window, shard) -> int:
     return int(min(context, 2048)) if length is None else length
 
 
-def _identity(source: Path | None) -> dict | None:
+def _identity(source: Path) -> dict:
     """What tells one file of documents from another."""
-    if source is None:
-        return None
     with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": source.name, "bytes": source.stat().st_size, "sha256": digest}
+        return {"name": source.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _alone(out: Path):
@@ -205,7 +204,7 @@ def _kept(file, group: list[tuple], summary: Summary) -> bool:
         return False
     for n, (line, (index, own, *_)) in enumerate(zip(lines, group), summary.read + 1):
         try:
-            if not line.startswith(_line({"index": index, "id": own})[:-2]):
+            if not line.startswith(_line({"index": index, "id": own})[:-2] + b", "):
                 raise ValueError("of another document")
             summary.add(json.loads(line))
         except (ValueError, KeyError, TypeError):
@@ -261,7 +260,7 @@ def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
             yield own, None, f"the text is {type(found).__name__}"
         elif not found.strip():
             yield own, None, "empty"
-        elif any("\ud800" <= c <= "\udfff" for c in found):
+        elif HALF.search(found):
             yield own, None, "half a surrogate pair"
         else:
             yield own, found, None

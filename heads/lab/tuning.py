@@ -228,7 +228,7 @@ def prompt_tuning(model, tokens: int = 10, text: str | None = None, seed: int = 
 
 @contextmanager
 def all_weights(model) -> Iterator[list[nn.Parameter]]:
-    """Every weight as something to train, for as long as the `with` block lasts; after it the model is as before, to the bit.
+    """Every weight as something to train, inside a `with` block; after it the model is as before, to the bit.
 
     Yields:
         The parameters: hand them to `fit`.
