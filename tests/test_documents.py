@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 
 import pytest
@@ -11,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import heads
 from heads import cli
-from heads.lab import answers, documents
-from heads.lab.answers import token_losses
+from heads.lab import documents
+from heads.lab.answers import batches, token_losses
 from heads.lab.documents import Summary, score_documents
 
 CHOSEN = [(2, 3), (0, 1), (2, 0)]
@@ -101,11 +102,27 @@ def test_a_long_document_is_split_and_says_so(llama, tmp_path):
 
 
 def test_batches_respect_the_budget_and_hold_everything():
-    pieces = [(k, [0] * n) for k, n in enumerate((5, 40, 7, 7, 100, 1, 12))]
-    found = list(answers.batches(pieces, 30))
-    assert sorted(piece[0] for batch in found for piece in batch) == list(range(7))
-    assert all(len(batch) == 1 or max(len(ids) for _, ids in batch) * len(batch) <= 30 for batch in found)
+    rows = [[0] * n for n in (5, 40, 7, 7, 100, 1, 12)]
+    found = batches(rows, 30)
+    assert sorted(i for batch in found for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or max(len(rows[i]) for i in batch) * len(batch) <= 30 for batch in found)
     assert len(found) < 7
+
+
+def test_windows_end_at_so_many_documents_or_characters():
+    items = [(i, None, None if i == 1 else "x" * n, None) for i, n in enumerate((3, 0, 9, 30, 2, 2, 2, 2))]
+    found = [[item[0] for item in window] for window in documents._windows(items, 3, 20)]
+    assert found == [[0, 1, 2], [3], [4, 5, 6], [7]]
+
+
+def test_a_condition_on_an_edited_model_keeps_its_edits(llama):
+    """Those below the condition's first layer, too, which a clean start there would spare."""
+    rows = [llama.tokenizer(item["text"]).input_ids for item in corpus(3)]
+    edited = heads.ablate(llama, [(0, 1)])
+    found = heads.losses_under(edited, rows, {"base": [], "late": torch.tensor([[3, 0]])})
+    for name, model in (("base", edited), ("late", heads.ablate(edited, [(3, 0)]))):
+        for ids, ours in zip(rows, found[name], strict=True):
+            near(ours, token_losses(model, [ids])[0])
 
 
 # ------------------------------------------------------------------------------ nothing is lost
@@ -227,6 +244,55 @@ def test_other_documents_are_another_run(llama, tmp_path):
         write(tmp_path / "a", corpus(4))
         with pytest.raises(ValueError, match="differs in: documents"):
             score_documents(llama, tmp_path / change, out, CONDITIONS)
+
+
+def test_other_documents_of_the_same_name_and_size_are_another_run(llama, tmp_path):
+    write(tmp_path / "in", corpus(3))
+    size = (tmp_path / "in").stat().st_size
+    score_documents(llama, tmp_path / "in", tmp_path / "s", CONDITIONS)
+    (tmp_path / "in").write_text((tmp_path / "in").read_text().replace('"d1"', '"e1"'))
+    assert (tmp_path / "in").stat().st_size == size
+    with pytest.raises(ValueError, match="differs in: documents"):
+        score_documents(llama, tmp_path / "in", tmp_path / "s", CONDITIONS)
+
+
+def test_a_resumed_stream_of_other_documents_is_refused(llama, tmp_path):
+    with pytest.raises(Killed):
+        score_documents(llama, killed_after(corpus(7), 6), tmp_path / "s", CONDITIONS, window=3)
+    others = [item | {"id": f"other {item['id']}"} for item in corpus(7)]
+    with pytest.raises(ValueError, match="line 1, is damaged.* unless the documents are not those of the first run"):
+        score_documents(llama, others, tmp_path / "s", CONDITIONS, window=3)
+
+
+def test_a_second_process_on_the_same_output_is_refused(llama, tmp_path):
+    write(tmp_path / "in", corpus(3))
+    code = "import sys, heads; heads.score_documents(heads.load('tiny-llama', device='cpu'), *sys.argv[1:], {'base': []})"
+    call = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "s")]
+
+    def stream():
+        yield from corpus(2)
+        with pytest.raises(ValueError, match="another process is writing"):
+            score_documents(llama, corpus(2), tmp_path / "s", CONDITIONS)
+        found = subprocess.run(call, capture_output=True, text=True)
+        assert found.returncode and "another process is writing" in found.stderr
+        yield from corpus(1)
+
+    assert score_documents(llama, stream(), tmp_path / "s", CONDITIONS, window=2).read == 3 == len(lines(tmp_path / "s"))
+    assert score_documents(llama, corpus(3), tmp_path / "t", CONDITIONS).read == 3  # another output is free
+
+
+@pytest.mark.parametrize("name", ["s", "s.partial"])
+def test_lines_are_counted_against_the_documents(llama, tmp_path, name):
+    """A file that was doubled is not called complete."""
+    items = corpus(4)
+    score_documents(llama, items, tmp_path / "s", CONDITIONS, window=2)
+    if name == "s.partial":  # as before the last step
+        (tmp_path / "s").rename(tmp_path / "s.partial")
+    doubled = (tmp_path / name).read_bytes() * 2
+    (tmp_path / name).write_bytes(doubled)
+    with pytest.raises(ValueError, match=f"{name} holds 8 lines for 4 documents"):
+        score_documents(llama, items, tmp_path / "s", CONDITIONS, window=2)
+    assert (tmp_path / name).read_bytes() == doubled
 
 
 def test_files_that_are_not_its_own_stay_as_they_are(llama, tmp_path):

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from toys import toy
 
 import heads
+from heads.lab import answers
 from heads.lab.training import checkpointing, fit, parameters_of
 from heads.lab.tuning import PARTS, lora, prompt_tuning
 
@@ -51,6 +52,37 @@ def test_answer_loss_sees_the_edits_of_an_edited_model(llama):
         assert (edited - heads.answer_loss(llama, data)).abs() > 1e-3
         alone = [heads.answer_loss(heads.ablate(llama, CHOSEN), [item]) for item in data]
     near(edited, torch.stack(alone).mean())
+
+
+def test_scores_of_answers_are_those_of_plain_logits(decoder):
+    data, plain = heads.examples(decoder, [*PAIRS, ("ab", " c")]), plain_of(decoder)
+    found = heads.score_answers(decoder, data, batch=2)
+    for item, score in zip(data, found, strict=True):
+        ids = torch.tensor([[*item.prompt, *item.answer]])
+        logits, gold = plain(ids).logits[0, len(item.prompt) - 1 : -1], ids[0, len(item.prompt) :]
+        near(score.logprob, logits.log_softmax(-1).gather(-1, gold[:, None])[:, 0])
+        assert torch.equal(score.correct, logits.argmax(-1) == gold) and not score.logprob.requires_grad
+    near(heads.answer_loss(decoder, data), -torch.stack([score.logprob.mean() for score in found]).mean())
+    assert heads.score_answers(decoder, []) == []
+
+
+def test_scores_of_answers_see_edits_and_hooks(llama):
+    data, vectors = heads.examples(llama, PAIRS), torch.ones(len(CHOSEN), 8)
+    clean, steering = heads.score_answers(llama, data), heads.Steering(llama, vectors, heads=CHOSEN)
+    with steering.hooks():
+        hooked = heads.score_answers(llama, data)
+    for before, ours, theirs in zip(clean, hooked, heads.score_answers(steering.edited, data), strict=True):
+        near(ours.logprob, theirs.logprob)
+        assert (ours.logprob - before.logprob).abs().max() > 1e-3
+
+
+def test_a_long_answer_is_read_in_parts(llama):
+    row = torch.randint(5, 200, (answers.CHUNK // 2 + 30,), generator=torch.Generator().manual_seed(0)).tolist()
+    item = answers.Example(tuple(row[:2]), tuple(row[2:]))
+    (score, again) = heads.score_answers(llama, [item, item])  # more targets than one part holds
+    logits = plain_of(llama)(torch.tensor([row])).logits[0, 1:-1]
+    near(score.logprob, -cross_entropy(logits, torch.tensor(row[2:]), reduction="none"))
+    near(again.logprob, score.logprob)
 
 
 def test_examples_are_tokenised_together_and_may_be_cut_or_ended(llama):
@@ -300,6 +332,17 @@ def test_checkpointing_leaves_no_gradient_behind(llama):
     with heads.lora(llama), checkpointing(llama):
         pass
     assert not llama._module(input_ids=ids_of(llama)).logits.requires_grad
+
+
+def test_all_weights_train_and_are_given_back_even_if_it_fails(decoder):
+    before, data = weights_of(decoder), heads.examples(decoder, PAIRS)
+    with pytest.raises(RuntimeError, match="on purpose"), heads.all_weights(decoder) as weights:
+        assert len(weights) == len(list(decoder._module.parameters())) and all(weight.requires_grad for weight in weights)
+        fit(weights, loss_on(decoder), data, steps=2, lr=1e-2)
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in decoder._module.state_dict().items())
+        raise RuntimeError("on purpose")
+    unchanged(decoder, before)
+    assert not any(p.requires_grad or p.grad is not None for p in decoder._module.parameters())
 
 
 # ------------------------------------------------------------------------------------ baselines

@@ -9,15 +9,19 @@ A document is an answer to its own first token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import nnsight
 import torch
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
+
+from heads.lab.ablation import ablate
 
 NOTHING = -100  # a target where there is nothing to read: torch's own number for it
 CHUNK = 512  # positions whose logits are float32 at once: those of all would be the largest tensor of a run
+FULL = 0.7  # of its tokens: a batch so full takes no longer rows, and has no padding to mask
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,89 @@ def token_losses(model, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
 
     Args:
         model: as in `score_answers`.
-        rows: token ids, of any lengths from two on; one forward pass for all.
+        rows: token ids, of any lengths from two on; one forward pass for all. The last one of a row is not fed.
     """
-    return [-score.logprob for score in score_answers(model, [Example(row[:1], row[1:]) for row in rows], len(rows))]
+    return [-score.logprob for score in score_answers(model, [Example(row[:1], row[1:]) for row in rows], len(rows) or 1)]
+
+
+def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: str = "zero",
+                 tokens: int = 4096) -> dict[str, list[torch.Tensor]]:  # fmt: skip
+    """`heads.token_losses` of every row under every condition: name -> `[token - 1]` per row.
+
+    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
+    the work.
+
+    Args:
+        conditions, kind, tokens: as in `score_documents`.
+    """
+    models, _ = prepared(model, conditions, kind)
+    found = {name: [None] * len(rows) for name in models}
+    for batch in batches(rows, tokens):
+        lengths = [len(rows[i]) - 1 for i in batch]
+        for name, losses in losses_in(model, models, [rows[i] for i in batch]).items():
+            for i, row in zip(batch, losses.split(lengths)):
+                found[name][i] = row
+    return found
+
+
+def prepared(model, conditions: Mapping, kind: str) -> tuple[dict[str, tuple], dict]:
+    """name -> (edited model, its first layer that differs from the clean run or None), and name -> what to write of it."""
+    models, written = {}, {}
+    for name, heads in conditions.items():
+        if hasattr(heads, "_edits"):
+            models[name], written[name] = (heads, 0), "a model"
+        elif chosen := [list(head) for head in model.anatomy.check(heads)]:
+            # the layers below are spared only where they hold no edits, which would be lost with them
+            models[name] = ablate(model, chosen, kind), 0 if model._edits else min(chosen)[0]
+            written[name] = chosen
+        else:
+            models[name], written[name] = (model, None), []
+    return models, written
+
+
+def losses_in(model, models: dict, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """One batch under all conditions: the losses of every row's tokens but the first, row after row, on the CPU."""
+    inputs, targets = fed(rows, [1] * len(rows), model.device)
+    first_layers = {first for _, first in models.values()}
+    keep, found = sorted(filter(None, first_layers)), {}
+    if keep or None in first_layers:
+        clean, streams = _forward(model, inputs, targets, keep)
+    for name, (edited, first) in models.items():
+        resume = (first, streams[first]) if first else None
+        found[name] = clean if first is None else _forward(edited, inputs, targets, resume=resume)[0]
+    return found
+
+
+@torch.no_grad()
+def _forward(model, inputs: dict, targets, keep=(), resume: tuple | None = None) -> tuple[torch.Tensor, dict]:
+    """Losses of the targets, and the residual stream entering the layers `keep`.
+
+    `resume`, a layer and the stream that enters it in an unedited run, spares the layers below: an edit does not
+    change them if it acts at that layer or above."""
+    kept = {}
+    if not keep and resume is None:
+        logits = logits_of(model, **inputs)
+    else:
+        with model.trace(**inputs):
+            for i in range(resume[0] if resume else 0):
+                model.layers[i].skip(resume[1])
+            kept = nnsight.save({})
+            for i in keep:
+                kept[i] = model.layers[i].input
+            logits = model.logits.save()
+    return losses_of(logits, targets).cpu(), kept
+
+
+def batches(rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """Indices of rows of similar length, as many as fit into `tokens` with their padding; a longer one runs alone."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        same = found and len(rows[i]) == len(rows[found[-1][0]])
+        if found and (len(found[-1]) + 1) * len(rows[i]) <= tokens * (1 if same else FULL):
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def _scores(model, items: Sequence[Example]) -> list[AnswerScore]:
@@ -124,10 +208,12 @@ def fed(rows: Sequence[Sequence[int]], prompts: Sequence[int], device) -> tuple[
     Rows are padded on the right, with an attention mask, so that position 0 is every row's first token. The last
     token of a row is not fed, only predicted. The target is `NOTHING` in a prompt (of so many tokens) and in padding.
     """
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    position = torch.arange(1, ids.shape[1])  # of the target
-    inside = position < torch.tensor([len(row) for row in rows])[:, None]
-    targets = ids[:, 1:].where(inside & (position >= torch.tensor(prompts)[:, None]), NOTHING).to(device)
+    lengths, prompts = (torch.tensor(numbers)[:, None] for numbers in (list(map(len, rows)), prompts))
+    position = torch.arange(int(lengths.max()))
+    ids = torch.zeros(len(rows), len(position), dtype=torch.long)
+    ids[position < lengths] = torch.tensor(list(chain.from_iterable(rows)))
+    inside, position = position[1:] < lengths, position[1:]  # of the targets
+    targets = ids[:, 1:].where(inside & (position >= prompts), NOTHING).to(device)
     inputs = {"input_ids": ids[:, :-1].to(device), "attention_mask": inside.long().to(device), "use_cache": False}
     return inputs, targets
 
@@ -139,13 +225,20 @@ def read(logits: torch.Tensor, targets: torch.Tensor) -> AnswerScore:
         logits: `[row, position, vocabulary]`, of any dtype.
         targets: `[row, position]`, `NOTHING` where there is none.
     """
+    hits = [part.argmax(-1) == gold for part, gold in _parts(logits, targets)]
+    return AnswerScore(torch.cat(hits), -losses_of(logits, targets))
+
+
+def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`read` without the hits: the cross-entropy of every target in nats, `[target]`."""
+    return torch.cat([cross_entropy(part.float(), gold, reduction="none") for part, gold in _parts(logits, targets)])
+
+
+def _parts(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits that have a target, `[at most CHUNK, vocabulary]`, and those targets."""
     logits, gold = logits.flatten(0, 1), targets.flatten().to(logits.device)
-    hits, losses = [], []
     for at in (gold != NOTHING).nonzero()[:, 0].split(CHUNK):
-        part = logits[at].float()
-        hits.append(part.argmax(-1) == gold[at])
-        losses.append(cross_entropy(part, gold[at], reduction="none"))
-    return AnswerScore(torch.cat(hits), -torch.cat(losses))
+        yield logits[at], gold[at]
 
 
 def logits_of(model, **inputs) -> torch.Tensor:

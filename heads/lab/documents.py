@@ -14,22 +14,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import nnsight
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from heads.lab.ablation import ablate
-from heads.lab.answers import fed, logits_of, read
-from heads.lab.decoding import batches
+from heads.lab.answers import batches, losses_in, prepared
 
 WINDOW = 64  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
+HALF = re.compile("[\ud800-\udfff]")
 
 _json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -61,7 +60,7 @@ class Summary:
 
 
 def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
-                    length: int | None = None, tokens: int = 4096, window: int = 1024, shard: tuple[int, int] = (0, 1),
+                    length: int | None = None, tokens: int = 4096, window: int = 4096, shard: tuple[int, int] = (0, 1),
                     progress: bool = True) -> Summary:  # fmt: skip
     """Mean loss per token of every document under every condition, as JSON Lines.
 
@@ -96,7 +95,7 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     source, out = source_of(documents, out), Path(out)
     models, chosen = prepared(model, conditions, kind)
     run = {
-        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": _identity(source),
+        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": source and _identity(source),
         "conditions": chosen, "kind": kind,
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
     }  # fmt: skip
@@ -107,9 +106,7 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
         if finished := _earlier(out, partial, about, run):
             return finished
         summary = Summary()
-        with partial.open("r+b") as file, tqdm(
-            desc="documents", unit="document", disable=None if progress else True
-        ) as bar:
+        with partial.open("r+b") as file, tqdm(desc="documents", unit="document", disable=not progress or None) as bar:
             for group in _windows(mine, window, WINDOW * tokens):
                 if not _kept(file, group, summary):
                     for record in _score(model, models, group, length, tokens):
@@ -154,12 +151,10 @@ def _checked(model, conditions, length, tokens, window, shard) -> int:
     return int(min(context, 2048)) if length is None else length
 
 
-def _identity(source: Path | None) -> dict | None:
+def _identity(source: Path) -> dict:
     """What tells one file of documents from another."""
-    if source is None:
-        return None
     with source.open("rb") as file:
-        return {"name": source.name, "bytes": source.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"name": source.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _alone(out: Path):
@@ -209,15 +204,13 @@ def _kept(file, group: list[tuple], summary: Summary) -> bool:
         return False
     for n, (line, (index, own, *_)) in enumerate(zip(lines, group), summary.read + 1):
         try:
-            if not line.startswith(_line({"index": index, "id": own})[:-2]):
+            if not line.startswith(_line({"index": index, "id": own})[:-2] + b", "):
                 raise ValueError("of another document")
             summary.add(json.loads(line))
         except (ValueError, KeyError, TypeError):
             path = Path(file.name)
-            kept = f"{path.name}, {path.stem}.about.json"
-            raise ValueError(
-                f"{path}, line {n}, is damaged: delete {kept} and start again (or the documents are not those of before)"
-            ) from None
+            raise ValueError(f"{path}, line {n}, is damaged: delete {path.name}, {path.stem}.about.json and start again, "
+                             "unless the documents are not those of the first run") from None  # fmt: skip
     return True
 
 
@@ -248,8 +241,8 @@ def _read_lines(path) -> Iterator:
 def _parsed(line: bytes):
     try:
         return json.loads(line)
-    except UnicodeDecodeError as error:
-        return error
+    except UnicodeDecodeError:
+        return ValueError("not UTF-8")
     except (ValueError, RecursionError):  # the latter of brackets without end
         return ValueError("not JSON")
 
@@ -259,17 +252,15 @@ def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
     for item in documents:
         own = item.get("id") if isinstance(item, Mapping) else None
         found = item.get(name) if isinstance(item, Mapping) else item
-        if isinstance(item, UnicodeDecodeError):
-            yield None, None, "not UTF-8"
-        elif isinstance(item, ValueError):
-            yield None, None, "not JSON"
+        if isinstance(item, ValueError):
+            yield None, None, str(item)
         elif isinstance(item, Mapping) and name not in item:
             yield own, None, f"no field {name!r}"
         elif not isinstance(found, str):
             yield own, None, f"the text is {type(found).__name__}"
         elif not found.strip():
             yield own, None, "empty"
-        elif any("\ud800" <= c <= "\udfff" for c in found):
+        elif HALF.search(found):
             yield own, None, "half a surrogate pair"
         else:
             yield own, found, None
@@ -303,87 +294,16 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         pieces += parts
         owners += [number] * len(parts)
     totals = {name: torch.zeros(len(group), dtype=torch.float64) for name in models}
-    for batch in batches([len(piece) for piece in pieces], tokens):
+    for batch in batches(pieces, tokens):
         rows = [pieces[i] for i in batch]
         owner = torch.tensor([owners[i] for i in batch]).repeat_interleave(torch.tensor([len(row) - 1 for row in rows]))
-        for name, losses in _losses(model, models, rows).items():
+        for name, losses in losses_in(model, models, rows).items():
             totals[name].index_add_(0, owner, losses.double())
-    sums = {name: total.tolist() for name, total in totals.items()}
-    for number, record in enumerate(records):
-        if "skipped" in record:
-            continue
-        means = {name: sums[name][number] / record["tokens"] for name in models}
-        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
-            why = f"the loss of {bad[0]} is not finite"
-            records[number] = {"index": record["index"], "id": record["id"], "skipped": why}
-        else:
-            record |= {f"loss_{name}": round(mean, 6) for name, mean in means.items()}
+    for name, total in totals.items():
+        for number, (record, loss) in enumerate(zip(records, total.tolist())):
+            if "tokens" in record and math.isfinite(loss):
+                record[f"loss_{name}"] = round(loss / record["tokens"], 6)
+            elif "tokens" in record:
+                why = f"the loss of {name} is not finite"
+                records[number] = {"index": record["index"], "id": record["id"], "skipped": why}
     return records
-
-
-def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: str = "zero",
-                 tokens: int = 4096) -> dict[str, list[torch.Tensor]]:  # fmt: skip
-    """`heads.token_losses` of every row under every condition: name -> `[token - 1]` per row.
-
-    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
-    the work.
-
-    Args:
-        conditions, kind, tokens: as in `score_documents`.
-    """
-    models, _ = prepared(model, conditions, kind)
-    found = {name: [None] * len(rows) for name in models}
-    for batch in batches([len(row) for row in rows], tokens):
-        lengths = [len(rows[i]) - 1 for i in batch]
-        for name, losses in _losses(model, models, [rows[i] for i in batch]).items():
-            for i, row in zip(batch, losses.split(lengths)):
-                found[name][i] = row
-    return found
-
-
-def prepared(model, conditions: Mapping, kind: str) -> tuple[dict[str, tuple], dict]:
-    """name -> (edited model, its first layer that differs from the clean run or None), and name -> what to write of it."""
-    models, written = {}, {}
-    for name, heads in conditions.items():
-        if hasattr(heads, "trace"):
-            models[name], written[name] = (heads, 0), "a model"
-        elif chosen := [list(head) for head in model.anatomy.check(heads)]:
-            # the layers below are spared only where they hold no edits, which would be lost with them
-            models[name] = ablate(model, chosen, kind), 0 if model._edits else min(chosen)[0]
-            written[name] = chosen
-        else:
-            models[name], written[name] = (model, None), []
-    return models, written
-
-
-def _losses(model, models: dict, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """One batch under all conditions: the losses of every row's tokens but the first, row after row, on the CPU."""
-    inputs, targets = fed(rows, [1] * len(rows), model.device)
-    first_layers = {first for _, first in models.values()}
-    keep, found = sorted(filter(None, first_layers)), {}
-    if keep or None in first_layers:
-        clean, streams = _forward(model, inputs, targets, keep)
-    for name, (edited, first) in models.items():
-        resume = (first, streams[first]) if first else None
-        found[name] = clean if first is None else _forward(edited, inputs, targets, resume=resume)[0]
-    return found
-
-
-@torch.no_grad()
-def _forward(model, inputs: dict, targets, keep=(), resume: tuple | None = None) -> tuple[torch.Tensor, dict]:
-    """Losses of the targets, and the residual stream entering the layers `keep`.
-
-    `resume`, a layer and the stream that enters it in an unedited run, spares the layers below: an edit does not
-    change them if it acts at that layer or above."""
-    kept = {}
-    if not keep and resume is None:
-        logits = logits_of(model, **inputs)
-    else:
-        with model.trace(**inputs):
-            for i in range(resume[0] if resume else 0):
-                model.layers[i].skip(resume[1])
-            kept = nnsight.save({})
-            for i in keep:
-                kept[i] = model.layers[i].input
-            logits = model.logits.save()
-    return -read(logits, targets).logprob.cpu(), kept
