@@ -24,12 +24,12 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab import training as train
     from heads.lab.ablation import ablate, force_attention
     from heads.lab.answers import answer_loss, examples, losses_under, score_answers, token_losses
-    from heads.lab.attribution import attribution_patching, direct_attribution, integrated_gradients, logit_lens
+    from heads.lab.attribution import attribution_patching, direct_attribution, logit_lens
     from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, successor_score
     from heads.lab.decoding import Conditions, decode_batch, decode_rows
     from heads.lab.documents import score_documents
     from heads.lab.paths import path_effect, path_scores
-    from heads.lab.readings import attention_to, fit_probes, head_activations, head_means
+    from heads.lab.readings import attention_to, head_activations, head_means
     from heads.lab.retrieval import retrieval_scores, rouge1_recall
     from heads.lab.steering import Steering
     from heads.lab.sweeps import ablation_scores, patching_scores

@@ -6,7 +6,7 @@ import torch
 from conftest import ids_of, near, plain_of, tiny
 
 import heads
-from heads.lab.attribution import attribution_patching, direct_attribution, integrated_gradients, logit_lens
+from heads.lab.attribution import attribution_patching, direct_attribution, logit_lens
 from heads.metrics import KNOWN, contrast, evaluate
 from heads.tasks.base import Task
 
@@ -201,35 +201,9 @@ def test_mlps_have_a_first_order_effect_too(decoder):
     near(torch.tensor(found.mlp_samples[:, 3]).float(), (ends[0] - ends[1]) / (2 * step), scale=100)
 
 
-@pytest.mark.parametrize("source", ["corrupted", "zero"])
-@pytest.mark.parametrize("positions", ["END", "all"])
-def test_integrated_gradients_are_complete(decoder, source, positions):
-    task = task_of(decoder, 3, twins="near")
-    steps = 24 if source == "corrupted" else 64  # the way to zero is longer
-    found = integrated_gradients(decoder, task, source=source, positions=positions, steps=steps, batch=3)
-    near(torch.tensor(found.base).float(), evaluate(decoder, task), scale=2)
-    plain, mask = plain_of(decoder), task.at(positions)[..., None, None]
-    theirs = plain.z(task.corrupted)
-    if source == "zero" and plain.post_normed:  # no line: a norm of nothing jumps
-        with plain.edited(lambda layer, z: torch.where(mask, z / 50, z)):
-            nearly = value(plain(task.ids).logits[:, -1], task)
-        assert abs(nearly - torch.tensor(found.source)).max() > 0.1
-    else:
-        near(torch.tensor(found.samples.sum((1, 2))), torch.tensor(found.source - found.base), scale=200)
-    with plain.edited(lambda layer, z: torch.where(mask, theirs[layer] if source == "corrupted" else 0 * z, z)):
-        near(torch.tensor(found.source).float(), value(plain(task.ids).logits[:, -1], task), scale=2)
-    assert abs(found.source - found.base).max() > 1e-2
-
-
-def test_more_steps_do_not_change_a_converged_integral(llama):
-    task = task_of(llama, 2, twins="near")
-    eight, thirty = (integrated_gradients(llama, task, steps=n).samples for n in (16, 32))
-    assert abs(eight - thirty).max() < 1e-3
-
-
 def test_the_batch_and_the_order_of_prompts_change_nothing(llama):
     task, order = task_of(llama), [3, 1, 4, 0, 2]
-    for verb in (direct_attribution, attribution_patching, integrated_gradients):
+    for verb in (direct_attribution, attribution_patching):
         found, other = verb(llama, task, batch=2), verb(llama, task[order])
         near(torch.tensor(found.samples[order]), torch.tensor(other.samples), scale=5)
 
@@ -265,7 +239,7 @@ def test_the_lens_equals_the_unembedding_of_each_stream(decoder):
 # ------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("verb", [direct_attribution, attribution_patching, integrated_gradients])
+@pytest.mark.parametrize("verb", [direct_attribution, attribution_patching])
 @pytest.mark.parametrize("metric", ["KL from the base run", "accuracy", "accuracy among options"])
 def test_a_metric_without_gradient_is_refused_before_any_pass(verb, metric):
     task = task_of(tiny("llama"))
@@ -280,8 +254,6 @@ def test_a_metric_without_gradient_is_refused_before_any_pass(verb, metric):
         (lambda m, t: attribution_patching(m, t, direction="up"), LookupError, "'up'. Known: noising, denoising"),
         (lambda m, t: attribution_patching(m, t, positions="object"), LookupError, "'object'.*Known: subject, END, all"),
         (lambda m, t: attribution_patching(m, t, "logit diff"), LookupError, "Did you mean 'logit difference'"),
-        (lambda m, t: integrated_gradients(m, t, source="mean"), LookupError, "'mean'. Known: corrupted, zero"),
-        (lambda m, t: integrated_gradients(m, t, steps=0), ValueError, "steps=0: at least one"),
         (lambda m, t: logit_lens(tiny("bert"), t), ValueError, "encoder"),
         (lambda m, t: direct_attribution(tiny("modernbert"), t), ValueError, "encoder"),
         (lambda m, t: attribution_patching(tiny("bert"), t), ValueError, "encoder"),
@@ -292,7 +264,7 @@ def test_bad_input_is_refused(llama, call, error, words):
         call(llama, task_of(llama))
 
 
-@pytest.mark.parametrize("function", [heads.direct_attribution, heads.attribution_patching, heads.integrated_gradients])
+@pytest.mark.parametrize("function", [heads.direct_attribution, heads.attribution_patching])
 def test_gradients_are_taken_under_inference_mode_too(llama, function):
     task = task_of(llama)
     outside = function(llama, task)

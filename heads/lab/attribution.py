@@ -1,8 +1,7 @@
 """What each head adds to a metric, without patching: direct attribution, gradients, and the logit lens.
 
-Three answers to one question, from cheap to dear. `direct_attribution` is what a head writes into the logits itself;
-`attribution_patching` is the first-order guess of what patching it would do; `integrated_gradients` follows the gradient
-along the way, and its effects add up. All of them read END, the last position.
+Two answers to one question. `direct_attribution` is what a head writes into the logits itself; `attribution_patching` is
+the first-order guess of what patching it would do. Both read END, the last position.
 """
 
 from __future__ import annotations
@@ -255,70 +254,6 @@ def _first_order(model, part: Task, read: Metric, positions):
         rows.append((change.sum(-1) * where.view(*where.shape, *[1] * (change.dim() - 3))).sum(1).cpu())
     heads, mlps = torch.stack(rows[: len(z)], 1), torch.stack(rows[len(z) :], 1)
     return heads, mlps, base.detach().cpu(), _read(part, read, source_logits).cpu()
-
-
-@torch.inference_mode(False)  # gradients are taken, whatever the caller's mode
-def integrated_gradients(model, task: Task, metric: str | Metric = logit_difference, *, source: str = "corrupted",
-                         direction: str = "noising", positions: str | Iterable[str] = "END", steps: int = 8,
-                         batch: int = 16) -> Effects:  # fmt: skip
-    """Effects that add up: gradients along the way from all heads as they are to all heads replaced.
-
-    Every head gets a gate g: it writes z' + g (z - z'), with z as this run computes it and z' the source's. The effect of a
-    head is minus the integral of the metric's gradient in its gate while all gates open together from 0 to 1
-    (Sundararajan et al. 2017, for gates). Their sum is the metric with all gates closed minus that with all gates open:
-    a joint replacement shared out, where patching one head at a time need not add up.
-
-    Args:
-        source: "corrupted" (z' from the twin prompt) or "zero". Where what attention writes is normalised (Gemma 2 and 3),
-            the metric jumps as all gates of a layer reach zero at once, and effects from "zero" do not add up.
-        direction, positions: as in `attribution_patching`.
-        steps: points of a Gauss-Legendre rule; with too few the effects do not add up. Compare `samples.sum((1, 2))`
-            with `source - base`.
-        batch: prompts in one pass.
-
-    Returns:
-        Effects whose `base` is the metric with all gates open, the plain run, and `source` with all gates closed.
-
-    Raises:
-        ValueError: as `attribution_patching`; and for an unknown source or fewer than one step.
-    """
-    read, task = _meant(model, task, metric, direction, positions)
-    known("source", source, ("corrupted", "zero"))
-    if steps < 1:
-        raise ValueError(f"steps={steps}: at least one")
-    parts = [_line(model, part, read, source, positions, steps) for part in task.batches(batch)]
-    heads, base, closed = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Effects(heads, base, closed, f"change of {read.name}, integrated gradients")
-
-
-def _line(model, part: Task, read: Metric, source: str, positions, steps: int):
-    """Line integral of one batch: effects `[prompt, layer, head]`, and the metric with all gates open and closed."""
-    mask, replaced = part.at(positions), None
-    if source == "corrupted":
-        replaced = activations(model, part.corrupted)[0]
-    shape = (len(part), model.anatomy.n_layers, model.anatomy.n_heads)
-    total, nodes = torch.zeros(shape), np.polynomial.legendre.leggauss(steps)
-    for node, weight in zip(*nodes, strict=True):
-        gates = torch.full(shape, (node + 1) / 2, device=model.device, requires_grad=True)
-        with torch.enable_grad():
-            value = _gated(model, part, read, gates, replaced, mask)
-            total -= torch.autograd.grad(value.sum(), gates)[0].cpu() * weight / 2
-    with torch.no_grad():
-        gates = [torch.full(shape, g, device=model.device) for g in (1.0, 0.0)]
-        ends = [_gated(model, part, read, gate, replaced, mask).cpu() for gate in gates]
-    return total, *ends
-
-
-def _gated(model, part: Task, read: Metric, gates: torch.Tensor, replaced, mask: torch.Tensor) -> torch.Tensor:
-    """The metric, `[prompt]`, with every head gated at the masked positions."""
-    with model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
-        for i, layer in enumerate(model.layers):
-            z = layer.attn.heads
-            other = torch.zeros_like(z) if replaced is None else replaced[i]
-            gate = gates[:, i, None, :, None].to(z)
-            layer.attn.heads = torch.where(mask[:, :, None, None].to(z.device), other + gate * (z - other), z)
-        logits = model.logits[:, -1].float().save()
-    return _read(part, read, logits)
 
 
 # ----------------------------------------------------------------------------------- logit lens
