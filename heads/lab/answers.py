@@ -237,8 +237,11 @@ def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _parts(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The logits that have a target, `[at most CHUNK, vocabulary]`, and those targets."""
     logits, gold = logits.flatten(0, 1), targets.flatten().to(logits.device)
-    for at in (gold != NOTHING).nonzero()[:, 0].split(CHUNK):
-        yield logits[at], gold[at]
+    at = (gold != NOTHING).nonzero()[:, 0]
+    if len(at) == len(gold):  # without padding: views of the logits, no copies
+        yield from zip(logits.split(CHUNK), gold.split(CHUNK))
+    else:
+        yield from ((logits[part], gold[part]) for part in at.split(CHUNK))
 
 
 def logits_of(model, **inputs) -> torch.Tensor:

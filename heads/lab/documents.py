@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from heads.lab.answers import batches, losses_in, prepared
 
-WINDOW = 64  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
+WINDOW = 128  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
 HALF = re.compile("[\ud800-\udfff]")
 
 _json = json.JSONEncoder(ensure_ascii=False).encode
@@ -60,7 +60,7 @@ class Summary:
 
 
 def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
-                    length: int | None = None, tokens: int = 4096, window: int = 4096, shard: tuple[int, int] = (0, 1),
+                    length: int | None = None, tokens: int = 4096, window: int = 8192, shard: tuple[int, int] = (0, 1),
                     progress: bool = True) -> Summary:  # fmt: skip
     """Mean loss per token of every document under every condition, as JSON Lines.
 
@@ -282,7 +282,9 @@ def _windows(items: Iterable[tuple], documents: int, characters: int) -> Iterato
 def _score(model, models: dict, group: list[tuple], length: int, tokens: int) -> list[dict]:
     """Records of a window of documents, in order."""
     texts = [text for _, _, text, reason in group if reason is None]
-    tokenised = iter(model.tokenizer(texts, verbose=False, return_attention_mask=False).input_ids if texts else ())
+    some = (texts[start : start + 256] for start in range(0, len(texts), 256))  # a tokenizer notes much about each token
+    tokenised = chain.from_iterable(model.tokenizer(part, return_attention_mask=False, verbose=False).input_ids
+                                    for part in some)  # fmt: skip
     records, pieces, owners = [], [], []
     for number, (index, own, _, reason) in enumerate(group):
         ids = next(tokenised) if reason is None else []
