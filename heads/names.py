@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def root() -> Path:
@@ -39,13 +40,13 @@ def data(name: str) -> str:
     return (root() / "data" / name).read_text(encoding="utf-8")
 
 
-def nearest(name, known: Iterable) -> str:
+def nearest(name: object, known: Iterable) -> str:
     """The end of an error's first sentence: '. Did you mean ...?', or '.' where no name is close."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.6)
     return f". Did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
 
 
-def known(what: str, name, names: Iterable):
+def known(what: str, name: Any, names: Iterable) -> Any:
     """`name`, if it is among `names`.
 
     Args:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+from nnsight.intervention.envoy import Envoy
 
 from heads.lab.places import Places, head_mask, is_head
 from heads.lab.readings import reference_values
+from heads.model.anatomy import Head
 from heads.names import known
 
 KINDS = ("zero", "mean", "resample", "uniform")
@@ -63,8 +65,9 @@ class Plan:
             setattr(attn, what, torch.where(chosen, self.new(i, at, number, old), old))
 
 
-def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=None, reference=None, values=None,
-           per_position: bool = True, seed: int = 0, prompt: int | None = None):  # fmt: skip
+def ablate(model, heads: Iterable, kind: str = "zero", *, phase: str = "both", positions: Iterable[int] | None = None,
+           reference: Iterable | None = None, values: torch.Tensor | None = None, per_position: bool = True, seed: int = 0,
+           prompt: int | None = None) -> Envoy:  # fmt: skip
     """The model with some heads switched off.
 
     Args:
@@ -109,7 +112,7 @@ def ablate(model, heads, kind: str = "zero", *, phase: str = "both", positions=N
     return edited
 
 
-def force_attention(model, heads, weights: torch.Tensor, position: int | torch.Tensor = -1):
+def force_attention(model, heads: Iterable[Head], weights: torch.Tensor, position: int | torch.Tensor = -1) -> Envoy:
     """The model with chosen rows of attention: at one position, these heads mix the values as they are told to.
 
     Everything downstream is recomputed. Only what the heads mix is replaced, so no pattern is computed (and reading

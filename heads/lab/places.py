@@ -156,7 +156,7 @@ def head_mask(model, sets: list[Iterable]) -> torch.Tensor:
     return mask
 
 
-def is_head(x) -> bool:
+def is_head(x: object) -> bool:
     """Whether this is a (layer, head) pair and not a set of them."""
     try:
         return len([index(i) for i in x]) == 2

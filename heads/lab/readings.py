@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import nnsight
@@ -92,7 +92,8 @@ def _row(inputs, at: torch.Tensor) -> torch.Tensor:
     return pattern(module, q[rows, :, at][:, :, None], k, mask, **kwargs)[:, :, 0].float()
 
 
-def head_means(model, texts, per_position: bool | None = None, *, positions=None, batch: int = 1) -> torch.Tensor:
+def head_means(model, texts: Iterable, per_position: bool | None = None, *, positions: Sequence[int] | None = None,
+               batch: int = 1) -> torch.Tensor:
     """Mean of every head's z over texts, streamed: one batch of texts is held at a time.
 
     Args:
@@ -125,7 +126,7 @@ def head_means(model, texts, per_position: bool | None = None, *, positions=None
 
 
 
-def head_activations(model, texts, position: int = -1, batch: int = 1) -> torch.Tensor:
+def head_activations(model, texts: Iterable, position: int = -1, batch: int = 1) -> torch.Tensor:
     """Every head's z at one position of each text, `[text, layer, head, d_head]`, float32: what probes are fitted on."""
     found = [z[:, 0] for z in _activations(model, texts, [position], batch)]
     if not found:
@@ -167,7 +168,7 @@ def _listed(texts):
     return texts
 
 
-def reference_values(model, texts, kind: str, per_position: bool = True, seed: int = 0) -> torch.Tensor:
+def reference_values(model, texts: Iterable, kind: str, per_position: bool = True, seed: int = 0) -> torch.Tensor:
     """What replaces ablated heads: the mean over texts, or the activations of one drawn text."""
     texts = list(_listed(texts))
     if kind == "resample" and texts:

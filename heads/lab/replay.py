@@ -9,7 +9,7 @@ written a second time here. Every replay is checked against the model before it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ class ReplayError(RuntimeError):
 
 
 @contextmanager
-def swapped(module: torch.nn.Module, forward: Callable):
+def swapped(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
     """A module that computes something else for the length of a `with`."""
     kept = module.__dict__.get("forward")
     module.forward = forward
@@ -115,7 +115,7 @@ class Replay:
         self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
 
     def layer(
-        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call=None, edit: Callable | None = None
+        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call: tuple | None = None, edit: Callable | None = None
     ) -> torch.Tensor:
         """One layer on other rows: `[row, position, d_model]` -> the same; from the last layer END alone, which is all
         that is read there: its heads are projected, and its MLP runs, at one position.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnsight.intervention.envoy import Envoy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -89,7 +90,7 @@ class Steering:
         index = tuple(torch.tensor(part, dtype=torch.long, device=values.device) for part in zip(*self.heads))
         return values.new_zeros(shape).index_put(index, values) if self.heads else values.new_zeros(shape)
 
-    def change(self, z: torch.Tensor, layer: int, tables, at: torch.Tensor) -> torch.Tensor:
+    def change(self, z: torch.Tensor, layer: int, tables: tuple, at: torch.Tensor) -> torch.Tensor:
         """The steered z, `[row, position, head, d_head]`; `at` is `[row or 1, position]`."""
         vector, gate = (table[layer].to(z.device) for table in tables)
         x = z.to(torch.promote_types(z.dtype, vector.dtype))
@@ -105,7 +106,7 @@ class Steering:
         return new.to(z.dtype) if chosen.all() else torch.where(chosen.to(z.device), new.to(z.dtype), z)
 
     @property
-    def edited(self):
+    def edited(self) -> Envoy:
         """The steered model; the model itself is unchanged, and edits stack."""
         steering = self
         with self.model.edit() as (tracer, edited):
@@ -145,7 +146,7 @@ class Steering:
         with hooked(*hooks):
             yield
 
-    def save(self, path, recipe: dict | None = None) -> Path:
+    def save(self, path: str | Path, recipe: dict | None = None) -> Path:
         """Write vectors and gates as safetensors, with the model they were learnt on and how.
 
         Args:
@@ -162,7 +163,7 @@ class Steering:
         return Path(path)
 
     @staticmethod
-    def load(path, model) -> Steering:
+    def load(path: str | Path, model) -> Steering:
         """A saved steering for the model it was learnt on; `recipe` is what was said of it.
 
         Raises:

@@ -7,6 +7,9 @@ logits that the metric reads are computed. Equal to the naive loop to float tole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from tqdm import tqdm
 
@@ -19,8 +22,8 @@ from heads.tasks.base import DIRECTIONS, Task
 KINDS = ("zero", "mean", "resample", "counterfactual")
 
 
-def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metric: str | Metric = logit_difference, *,
-                    reference=None, batch: int = 32, tokens: int | None = None, seed: int = 0,
+def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequence[str] = "all", metric: str | Metric = logit_difference, *,
+                    reference: torch.Tensor | None = None, batch: int = 32, tokens: int | None = None, seed: int = 0,
                     progress: bool = True) -> Effects:  # fmt: skip
     """What the metric loses when each head alone is cut: mean over prompts of edited minus base.
 
@@ -71,8 +74,8 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions="all", metr
     return Effects(torch.cat(samples), torch.cat(base), torch.cat(source) if source else None, f"change of {read.name}")
 
 
-def patching_scores(model, task: Task, direction: str = "noising", positions="all", metric: str | Metric = logit_difference,
-                    **options) -> Effects:  # fmt: skip
+def patching_scores(model, task: Task, direction: str = "noising", positions: str | Sequence[str] = "all", metric: str | Metric = logit_difference,
+                    **options: Any) -> Effects:  # fmt: skip
     """Activation patching of every head: the total effect of what it wrote on the other prompt.
 
     "noising" writes corrupted activations into the clean run (is the head necessary?), "denoising" clean ones into the

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
 
@@ -93,21 +94,21 @@ class Attention(Envoy):
         return Mediator.value(prop._location(self))
 
     @Located(key="call_input", description="attention pattern [batch, head, query, key]; rows sum to one")
-    def pattern(self, value) -> torch.Tensor:
+    def pattern(self, value: tuple) -> torch.Tensor:
         (module, q, k, _, mask), kwargs = value[0][:5], value[1]
         weights = attention_pattern(module, q, k, mask, **kwargs)
         self.__dict__["_pattern_version"] = _version(weights)
         return weights
 
     @pattern.transform
-    def pattern(self, view, raw):
+    def pattern(self, view: torch.Tensor, raw: tuple) -> tuple:
         # A pattern that was only read leaves the pass to SDPA, to the bit.
         if not _edited(view, self.__dict__.get("_pattern_version")):
             return raw
         return self._override(raw, view)
 
     @pattern.postprocess
-    def pattern(self, value):
+    def pattern(self, value: torch.Tensor) -> tuple:
         return self._override(self._raw(Attention.pattern), value)
 
     @staticmethod
@@ -120,16 +121,16 @@ class Attention(Envoy):
         return raw[0], {**raw[1], "pattern_override": weights}
 
     @Located(key="proj_input", description="heads [batch, position, head, d_head], before the output projection")
-    def heads(self, value) -> torch.Tensor:
+    def heads(self, value: tuple) -> torch.Tensor:
         x = value[0][0]
         return x.view(*x.shape[:-1], self.n_heads, -1)
 
     @heads.transform
-    def heads(self, view, raw):
+    def heads(self, view: torch.Tensor, raw: tuple) -> tuple:
         return (view.flatten(-2), *raw[0][1:]), raw[1]
 
     @heads.postprocess
-    def heads(self, value):
+    def heads(self, value: torch.Tensor) -> tuple:
         args, kwargs = self._raw(Attention.heads)
         return (value.flatten(-2), *args[1:]), kwargs
 
@@ -166,7 +167,7 @@ class Anatomy:
         """Layers without a sliding window: the only ones that can look arbitrarily far back."""
         return [i for i, w in enumerate(self.windows) if w is None]
 
-    def check(self, heads) -> list[Head]:
+    def check(self, heads: Iterable) -> list[Head]:
         """The heads as a sorted list of (layer, head) without repeats.
 
         Raises:

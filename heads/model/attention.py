@@ -8,7 +8,9 @@ and a prompt of any length is prefilled without a `[head, position, position]` t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.functional import softmax
@@ -24,7 +26,8 @@ def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
     return x.reshape(x.shape[0], n_kv, -1, x.shape[-1])
 
 
-def pattern(module, query, key, mask=None, scaling=None, softcap=None, is_causal=None, **_):
+def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, scaling: float | None = None,
+            softcap: float | None = None, is_causal: bool | None = None, **_: Any) -> torch.Tensor:  # fmt: skip
     """The attention pattern of one call, as the eager formula gives it.
 
     Args:
@@ -55,7 +58,7 @@ def pattern(module, query, key, mask=None, scaling=None, softcap=None, is_causal
     return softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
 
 
-def mix(weights, value, prefix=None):
+def mix(weights: torch.Tensor, value: torch.Tensor, prefix: Any = None) -> torch.Tensor:
     """Values mixed by a pattern: `[batch, head, query, key]`, `[batch, kv_head, key, d_head]` ->
     `[batch, query, head, d_head]`. `prefix` mixes what is kept before these values."""
     w, n = _group(weights, value.shape[1]), weights.shape[-1] - value.shape[2]
@@ -63,7 +66,8 @@ def mix(weights, value, prefix=None):
     return z.reshape(weights.shape[0], -1, weights.shape[2], z.shape[-1]).transpose(1, 2)
 
 
-def attention(module, query, key, value, attention_mask, pattern_override=None, **kwargs):
+def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+              pattern_override: torch.Tensor | None = None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
@@ -85,7 +89,7 @@ def attention(module, query, key, value, attention_mask, pattern_override=None, 
 
 
 @contextmanager
-def edited(module: torch.nn.Module, edit):
+def edited(module: torch.nn.Module, edit: Callable | None) -> Iterator[None]:
     """While it lasts, `edit(query, key, value)` gives what this attention module's calls use in their place.
 
     For replays outside a trace. It sits on the module and not in the keywords of a layer, which some architectures do

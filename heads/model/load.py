@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from nnsight import CONFIG, TransformersModel
@@ -27,21 +29,21 @@ class Model(TransformersModel):
     record: dict
 
     @eproperty(key="output", description="logits [batch, position, vocabulary]")
-    def logits(self, value) -> torch.Tensor:
+    def logits(self, value: Any) -> torch.Tensor:
         return value.logits
 
     @logits.transform
-    def logits(self, view, raw):
+    def logits(self, view: torch.Tensor, raw: Any) -> Any:
         raw.logits = view
         return raw
 
     @logits.postprocess
-    def logits(self, value):
+    def logits(self, value: torch.Tensor) -> Any:
         raw = anatomy.Mediator.value(f"{self.path}.output")
         raw.logits = value
         return raw
 
-    def interleave(self, fn, *args, **kwargs):
+    def interleave(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         """nnsight's driver of every run; meanwhile, what the run was given stands on the module, for `heads.lab.places`."""
 
         @wraps(fn)
@@ -71,7 +73,7 @@ class Model(TransformersModel):
 class RemoteModel(Model):
     """A model whose traces run on NDIF unless a trace says otherwise."""
 
-    def trace(self, *inputs, **kwargs):
+    def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("remote", True)
         return super().trace(*inputs, **kwargs)
 

@@ -6,6 +6,8 @@ keys with itself (`keys.prefix`). The call then asks it for its part: the logits
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -63,8 +65,8 @@ class SharedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.prefix_keys.shape[-2] + super().get_seq_length()
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
+        keys, values = super().update(key_states, value_states)
         marked = keys.view(keys.shape)  # not what is stored here: a tensor and its owner would keep each other alive
         marked.prefix = self
         return marked, values
@@ -114,13 +116,13 @@ class JoinedLayer(DynamicLayer):
         self.keys, self.values = (part[:, :, : self.length] for part in self.store)
         return self.keys, self.values
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
         start, self.length = self.length, self.length + key_states.shape[2]
         for part, new in zip(self.store, (key_states, value_states)):
             part[:, :, start : self.length] = new
         return self._show()
 
-    def batch_select_indices(self, indices) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.store = [part[indices] for part in self.store]
         self._show()
 
