@@ -9,7 +9,6 @@ from conftest import ids_of, logits_of, near, plain_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import heads
 from heads.model.attention import attention, mix, pattern
 from heads.model.prefix import Prefix
 

@@ -10,7 +10,6 @@ from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, ti
 
 import heads
 from heads.lab.steering import HOW, Steering
-from heads.lab.training import checkpointing
 
 CHOSEN = [(2, 3), (0, 1), (2, 0)]
 TEXTS = ["ten brown owls on a roof", "a grey teapot", "the"]
@@ -189,19 +188,12 @@ def test_gradients_flow_to_gates_and_vectors_only_and_equal_plain_ones(decoder, 
     heads.answer_loss(steering.edited, data).backward()
     found.append((vectors.grad.clone(), gates.grad.clone()))
     assert all(p.grad is None for p in decoder._module.parameters())
-    for memory in (False, True):
-        vectors.grad = gates.grad = None
-        with steering.hooks():
-            if memory:
-                with checkpointing(decoder):
-                    heads.answer_loss(decoder, data).backward()
-            else:
-                heads.answer_loss(decoder, data).backward()
-        found.append((vectors.grad.clone(), gates.grad.clone()))
-    for other in found[1:]:
-        for one, two in zip(found[0], other):
-            assert one.abs().sum() > 0
-            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+    vectors.grad = gates.grad = None
+    with steering.hooks():
+        heads.answer_loss(decoder, data).backward()
+    for one, two in zip(found[0], (vectors.grad, gates.grad)):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
 
 
 def test_gates_train_through_a_sigmoid_and_only_they(llama):

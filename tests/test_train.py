@@ -11,7 +11,7 @@ from toys import toy
 
 import heads
 from heads.lab import answers
-from heads.lab.training import checkpointing, fit, parameters_of
+from heads.lab.training import fit, parameters_of
 from heads.lab.tuning import PARTS, lora, prompt_tuning
 
 CHOSEN = [(1, 1), (2, 3), (2, 2)]
@@ -300,38 +300,6 @@ def test_two_at_once_and_bad_choices_are_refused(llama):
             heads.head_weights(llama, wrong)
     with pytest.raises(ValueError, match="'q', 'k', 'v' and 'o'"):
         heads.head_weights(llama, [(0, 0)], parts="z")
-
-
-def test_checkpointing_recomputes_and_gives_the_same_gradients(decoder):
-    data, tuned, found = heads.examples(decoder, PAIRS), heads.head_weights(decoder, CHOSEN), []
-    calls = []
-    handle = decoder.layers[1].attn._module.register_forward_pre_hook(lambda *_: calls.append(0))
-    try:
-        with tuned:
-            heads.answer_loss(decoder, data).backward()
-            found.append([p.grad.clone() for p in tuned.parameters()])
-            assert len(calls) == 1
-            for p in tuned.parameters():
-                p.grad = None
-            with checkpointing(decoder):
-                heads.answer_loss(decoder, data).backward()
-                assert len(calls) == 3, "once forward and once more when backward comes by"
-                with pytest.raises(ValueError, match="without the edits"):
-                    heads.answer_loss(heads.ablate(decoder, CHOSEN), data)
-            for p, expected in zip(tuned.parameters(), found[0]):
-                torch.testing.assert_close(p.grad, expected)
-    finally:
-        handle.remove()
-    assert not decoder._module.training and not any(m.training for m in decoder._module.modules())
-
-
-def test_checkpointing_leaves_no_gradient_behind(llama):
-    """transformers hooks the embedding, so that all that follows requires a gradient, and keeps the hook."""
-    with checkpointing(llama), heads.lora(llama):
-        pass
-    with heads.lora(llama), checkpointing(llama):
-        pass
-    assert not llama._module(input_ids=ids_of(llama)).logits.requires_grad
 
 
 def test_all_weights_train_and_are_given_back_even_if_it_fails(decoder):

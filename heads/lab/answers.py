@@ -250,11 +250,6 @@ def logits_of(model, **inputs) -> torch.Tensor:
         return model(**inputs).logits
     if not model._edits:  # nothing to intervene in: the module itself, without a trace
         return model._module(**inputs).logits
-    if any(getattr(layer._module, "gradient_checkpointing", False) for layer in model.layers):
-        raise ValueError(
-            "activation checkpointing recomputes layers after the trace is over, without the edits: "
-            "use `with steering.hooks(model):` around loss and backward instead of an edited model"
-        )
     with model.trace(**inputs):
         logits = model.logits.save()
     return logits

@@ -123,33 +123,6 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     return Effects(table[..., :-1], base, source, f"change of {named(metric).name}", mlps=mlps)
 
 
-def path_effect(model, task: Task, senders: Iterable[tuple[int, int | str]], receivers: Iterable[Head] = (),
-                component: str = "q", *, position: str = "END", mlps: str = "recompute",
-                metric: str | Metric = logit_difference, engine: str = "auto", batch: int = 16) -> torch.Tensor:  # fmt: skip
-    """Path patching with a set of senders at once: the change of the metric, `[prompt]`.
-
-    Args:
-        senders: heads (layer, head), and MLPs as (layer, "mlp").
-
-    Raises:
-        ValueError: a head that is sender and receiver, or a sender not below any receiver.
-    """
-    known("engine", engine, ENGINES)
-    route = Route(tuple(model.anatomy.check(receivers)), component, position, mlps).check(model, task)
-    senders = [(layer, head) for layer, head in senders]
-    whole = model.anatomy.check((layer, 0) for layer, head in senders if head == MLP)
-    senders = {*model.anatomy.check(s for s in senders if s[1] != MLP), *((layer, MLP) for layer, _ in whole)}
-    if not senders:
-        raise ValueError("no senders: give (layer, head) pairs, or (layer, 'mlp')")
-    if both := set(route.receivers) & set(senders):
-        raise ValueError(f"head {min(both)} is sender and receiver: a path leads from one head to another")
-    if route.receivers and (above := [s for s in senders if s[0] >= route.layers[-1]]):
-        raise ValueError(
-            f"sender {above[0]} is not below any receiver (the last is in layer {route.layers[-1]}): a path goes upwards"
-        )
-    return _patched(model, task, [tuple(sorted(senders, key=str))], route, named(metric), engine, batch, None, False)[2][0]
-
-
 def _patched(model, task, sets, route, metric, engine, batch, tokens, progress):
     """(base `[prompt]`, source `[prompt]`, change `[set, prompt]`) of the metric, whichever engine."""
     found = []

@@ -126,8 +126,8 @@ class Steering:
     def hooks(self) -> Iterator[None]:
         """The same by plain torch hooks on the loaded module, for as long as the `with` block lasts: for training.
 
-        Every forward counts as a trace of its own. Backward belongs into the block, too: with
-        `heads.lab.training.checkpointing` layers are run once more there, and have to be steered once more.
+        Every forward counts as a trace of its own. Backward belongs into the block, too: where layers are recomputed then
+        (transformers' activation checkpointing), they have to be steered once more.
         """
         if self.model._edits:
             raise ValueError("hooks act on the loaded module, where the edits of this model are not: use `edited`")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -24,28 +23,6 @@ from heads.names import known
 
 SCHEDULES = ("constant", "linear")
 Trained = torch.Tensor | Iterable[torch.Tensor] | Mapping[str, torch.Tensor] | nn.Module  # or what has .parameters()
-
-
-@contextmanager
-def checkpointing(model) -> Iterator[None]:
-    """Activation checkpointing for the loaded module: backward recomputes every layer instead of keeping it.
-
-    For long prompts on a GPU: memory for activations falls from all layers to one, for one more forward in time.
-    Use it with what changes weights (`head_weights`, `lora`) or with `Steering.hooks`; an nnsight edit would be
-    missing when a layer is recomputed, which `answer_loss` refuses. Dropout stays off.
-    """
-    module, blocks = model._module, [layer._module for layer in model.layers]
-    module.activation_checkpointing_enable({"use_reentrant": False})
-    module.disable_input_require_grads()  # which it hooks to the embedding, for reentrant checkpoints only
-    for block in blocks:
-        block.training = True  # of the block alone: its dropouts are modules of their own and stay in eval mode
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.training = False
-        module.activation_checkpointing_disable()
-        module.disable_input_require_grads()  # of an adapter that was put on meanwhile
 
 
 @dataclass

@@ -21,8 +21,7 @@ import torch
 
 import heads
 from heads import plot
-from heads.course import papers
-from heads.course import record
+from heads.course import papers, record
 from heads.model import zoo as models
 
 MODEL = models.DEFAULT

@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import heads
 from heads import plot
-from heads.model import load
-from heads.model import tiny
+from heads.model import load, tiny
 from heads.tasks import Task
 from tests.benchmarks.common import GB, row, timed, write
 from tests.benchmarks.sweeps import unavoidable
