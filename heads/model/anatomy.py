@@ -41,12 +41,7 @@ class Located(eproperty):
         return f"{obj.path}.{getattr(obj, self.key)}"
 
 
-def _edited(view: torch.Tensor, version) -> bool:
-    # an inference tensor counts no versions: take it as edited, which is always correct
-    return version is None or view._version != version
-
-
-def _version(view: torch.Tensor):
+def _version(view: torch.Tensor) -> int | None:
     return None if view.is_inference() else view._version
 
 
@@ -101,10 +96,10 @@ class Attention(Envoy):
 
     @pattern.transform
     def pattern(self, view, raw):
-        # A pattern that was only read leaves the pass to SDPA, to the bit.
-        if not _edited(view, self.__dict__.get("_pattern_version")):
-            return raw
-        return self._override(raw, view)
+        # A pattern that was only read leaves the pass to SDPA, to the bit. An inference tensor counts no versions: it is
+        # taken as edited, which is always correct.
+        before = self.__dict__.get("_pattern_version")
+        return raw if before is not None and view._version == before else self._override(raw, view)
 
     @pattern.postprocess
     def pattern(self, value):
@@ -192,10 +187,7 @@ def vocabulary(config) -> dict:
     """The `rename` and `envoys` arguments that give an nnsight model the standard names."""
     names = family_of(config)
     rename = {names.layers: "layers", names.final_norm: "final_norm", names.unembed: "unembed"}
-    if names.attn != "attn":
-        rename[names.attn] = "attn"
-    if names.mlp != "mlp":
-        rename[names.mlp] = "mlp"
+    rename |= {path: name for path, name in ((names.attn, "attn"), (names.mlp, "mlp")) if path != name}
     return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}}
 
 

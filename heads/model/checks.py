@@ -22,10 +22,13 @@ def _tokens(model) -> torch.Tensor:
     return torch.linspace(1, size - 1, 6, device=model.device).long()[None]
 
 
-def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> float:
-    """Largest difference in units of the larger one's scale and the tolerance: fine up to 1."""
+def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float, otherwise: str) -> float:
+    """Largest difference in units of the larger one's scale and the tolerance. Above 1 it is an error."""
     scale = max(a.abs().max().item(), b.abs().max().item(), 1e-6)
-    return (a.float() - b.float()).abs().max().item() / (scale * tolerance)
+    error = (a.float() - b.float()).abs().max().item() / (scale * tolerance)
+    if not error <= 1:
+        raise IdentityError(f"{otherwise} ({error:.1f} times the tolerance)")
+    return error
 
 
 def identities(model) -> dict[str, float]:
@@ -65,10 +68,8 @@ def _sum(model, ids, tolerance) -> float:
                 found = tuple(shape[2:])
                 raise IdentityError(f"layer {i}: the {what} are {found} (heads, d_head), the config says {expected}")
         bias = projection(model, i).bias
-        error = _close(head_outputs(model, i, z[i]).sum(-2) + (0 if bias is None else bias), out[i], tolerance)
-        if not error <= 1:
-            raise IdentityError(f"layer {i}: the heads do not sum to the attention output ({error:.1f} times the tolerance)")
-        worst = max(worst, error)
+        summed = head_outputs(model, i, z[i]).sum(-2) + (0 if bias is None else bias)
+        worst = max(worst, _same(summed, out[i], tolerance, f"layer {i}: the heads do not sum to the attention output"))
     return worst
 
 
@@ -91,13 +92,8 @@ def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
         knocked = _logits(model, ids)
     finally:
         rows.copy_(kept)
-    error = _close(edited, knocked, tolerance)
-    if not error <= 1:
-        raise IdentityError(
-            f"zeroing head ({layer}, {head}) is not knocking out its weights ({error:.1f} times the tolerance): "
-            "the edit does not reach the model where the head is"
-        )
-    return error
+    return _same(edited, knocked, tolerance, f"zeroing head ({layer}, {head}) is not knocking out its weights: "
+                 "the edit does not reach the model where the head is")  # fmt: skip
 
 
 def _no_op(model, ids) -> float:

@@ -142,18 +142,17 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
         model = wrap(module.to(place, kind), tokenizer)
         record = {"name": name, "revision": f"seed {seed}", "sha256": tiny.sha256(module)}
     else:
-        folder = str(zoo.fetch(name)) if name in zoo.ZOO else name
-        if Path(folder).expanduser().is_dir():
-            folder = str(Path(folder).expanduser())
-            if not any(Path(folder).glob("*.safetensors")):
-                raise ValueError(
-                    f"{name!r} holds no weights as safetensors, and pickled ones are not read because they can run code: "
-                    "save the model again with save_pretrained(...)"
-                )
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        folder = Path(zoo.fetch(name) if name in zoo.ZOO else name).expanduser()
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{name!r} holds no weights as safetensors, and pickled ones are not read because they can run code: "
+                "save the model again with save_pretrained(...)"
+            )
+        source = folder.as_posix()  # of a hub id: itself
+        config = AutoConfig.from_pretrained(source).get_text_config()
         with _quietly():
             model = _frozen(Model(
-                folder,
+                source,
                 task=_task(config),
                 dispatch=True,
                 dtype=kind,
@@ -173,18 +172,15 @@ def _task(config) -> str:
     return "fill-mask" if family_of(config).encoder else "text-generation"
 
 
-def _provenance(folder: str, config) -> dict:
+def _provenance(path: Path, config) -> dict:
     """Revision and SHA-256 of the weights: from the record of a zoo model, computed for a folder, and
     for a hub id the commit, which names its weights."""
-    path = Path(folder)
     if (path / zoo.RECORD).exists():
         record = json.loads((path / zoo.RECORD).read_text())
         return {"revision": record["revision"], "sha256": record["sha256"]}
     if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(zoo._sha256(file).encode())
-        return {"revision": None, "sha256": digest.hexdigest()}
+        digests = "".join(zoo.sha256(file) for file in sorted(path.glob("*.safetensors")))
+        return {"revision": None, "sha256": hashlib.sha256(digests.encode()).hexdigest()}
     return {"revision": getattr(config, "_commit_hash", None), "sha256": None}
 
 
