@@ -162,14 +162,13 @@ class Adapter:
 
 
 @contextmanager
-def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, layers: Iterable[int] | None = None,
-         seed: int = 0) -> Iterator[Adapter]:  # fmt: skip
-    """LoRA (Hu et al. 2022) for as long as the `with` block lasts; inside it the model itself runs with it.
+def lora(model, rank: int = 8, parts: str = "qv", layers: Iterable[int] | None = None, seed: int = 0) -> Iterator[Adapter]:
+    """LoRA (Hu et al. 2022) for as long as the `with` block lasts; inside it the model itself runs with it. The update
+    is 2 B A (alpha is twice the rank).
 
     Args:
         parts: projections to adapt, of "qkvo". Where queries, keys and values are one fused matrix, any of them
             means the whole of it.
-        alpha: scale; the update is alpha / rank times B A. Twice the rank if None.
         layers: indices; all if None.
 
     Yields:
@@ -184,7 +183,7 @@ def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, la
         raise ValueError("no layers were chosen: there is nothing to adapt")
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=2 * rank,
         target_modules=[name for name, module in model._module.named_modules() if module in wanted],
         fan_in_fan_out=any(map(transposed, wanted)),
     )

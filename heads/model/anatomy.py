@@ -41,10 +41,6 @@ class Located(eproperty):
         return f"{obj.path}.{getattr(obj, self.key)}"
 
 
-def _version(view: torch.Tensor) -> int | None:
-    return None if view.is_inference() else view._version
-
-
 class Argument(Located):
     """One argument of the attention call, `[batch, head, position, d_head]` there, handed out by position."""
 
@@ -91,7 +87,7 @@ class Attention(Envoy):
     def pattern(self, value) -> torch.Tensor:
         (module, q, k, _, mask), kwargs = value[0][:5], value[1]
         weights = attention_pattern(module, q, k, mask, **kwargs)
-        self.__dict__["_pattern_version"] = _version(weights)
+        self.__dict__["_pattern_version"] = None if weights.is_inference() else weights._version
         return weights
 
     @pattern.transform

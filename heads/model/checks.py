@@ -16,12 +16,6 @@ class IdentityError(ValueError):
     """A model does not behave as its anatomy says; the message names the identity and the layer."""
 
 
-def _tokens(model) -> torch.Tensor:
-    # spread over the vocabulary, so that neighbouring rows of an embedding table do not matter
-    size = model.config.get_text_config().vocab_size
-    return torch.linspace(1, size - 1, 6, device=model.device).long()[None]
-
-
 def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float, otherwise: str) -> float:
     """Largest difference in units of the larger one's scale and the tolerance. Above 1 it is an error."""
     scale = max(a.abs().max().item(), b.abs().max().item(), 1e-6)
@@ -42,7 +36,9 @@ def identities(model) -> dict[str, float]:
     Raises:
         IdentityError: naming the identity that failed, by how much, and where.
     """
-    ids, anatomy = _tokens(model), model.anatomy
+    anatomy, size = model.anatomy, model.config.get_text_config().vocab_size
+    # spread over the vocabulary, so that neighbouring rows of an embedding table do not matter
+    ids = torch.linspace(1, size - 1, 6, device=model.device).long()[None]
     tolerance = {torch.float32: 1e-4, torch.float16: 1e-2}.get(model._module.dtype, 4e-2)
     with torch.no_grad():
         return {

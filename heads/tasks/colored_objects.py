@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from heads.names import count, known
+from heads.names import known
 from heads.tasks.base import Item, Task, build, distinct, fill, single
 
 OBJECTS = (
@@ -39,7 +39,6 @@ def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> T
         ValueError: if this tokenizer has too few one-token objects or colours.
     """
     known("foils of colored_objects", foils, ("twin", "both"))
-    count("colored_objects", n)
     objects, a = single(model, OBJECTS)
     small, b = single(model, COLOURS)
     large, c = single(model, [w.capitalize() for w in COLOURS])

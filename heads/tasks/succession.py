@@ -75,19 +75,15 @@ def succession_lists(model, which: str | Iterable[str] | None = None, least: int
     """
     found = []
     for name in _names(LISTS if which is None else which):
-        seen = set()
-        for form, (space, flipped) in FORMS.items():
-            texts = [space + (item[0].swapcase() + item[1:] if flipped else item) for item in LISTS[name]]
-            if tuple(texts) in seen:  # no case to flip
-                continue
-            seen.add(tuple(texts))
-            made = _token_list(model, name, form, texts)
-            if len(made.pairs) >= max(least, 1):
-                found.append(made)
+        forms: dict[tuple[str, ...], str] = {}
+        for form, (space, flipped) in FORMS.items():  # digits have no case to flip
+            forms.setdefault(tuple(space + (item[0].swapcase() + item[1:] if flipped else item) for item in LISTS[name]), form)
+        made = [_token_list(model, name, form, texts) for texts, form in forms.items()]
+        found += [one for one in made if len(one.pairs) >= max(least, 1)]
     return found
 
 
-def _token_list(model, name: str, form: str, texts: list[str]) -> TokenList:
+def _token_list(model, name: str, form: str, texts: tuple[str, ...]) -> TokenList:
     kept = set(single(model, texts, lead="")[0])
     index = [i for i, text in enumerate(texts) if text in kept]
     after = {i: (i + 1) % len(texts) if name in CYCLIC else i + 1 for i in index}

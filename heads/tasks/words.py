@@ -17,8 +17,6 @@ import numpy as np
 from heads.names import count, data, known
 from heads.tasks.base import Item, Task, build, fill, pieces
 
-LABELS = ("right", "shuffled")
-
 
 @cache
 def _data() -> dict[str, dict]:
@@ -51,7 +49,7 @@ def word_pairs(name: str, split: str | None = None) -> list[tuple[str, str]]:
 
 
 def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5, split: str | None = None, foils: int = 1,
-          labels: str = "right", partial: bool = False) -> Task:  # fmt: skip
+          partial: bool = False) -> Task:  # fmt: skip
     """Examples of a word task and one more question.
 
     The twin asks for another word after the same examples; its answer is the first foil. Neither question is among the
@@ -64,15 +62,13 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
         shots: examples, drawn anew for every prompt; 0 for the question alone.
         split: where questions come from, "train" or "test"; examples then come from "train". None mixes both.
         foils: how many; the others are answers of other questions.
-        labels: "shuffled" moves the examples' answers on by one, so that none is right.
         partial: ask also for answers of several tokens, by their first one, where no other answer of the task
             starts with it; examples all have answers of the commonest length. Most translations need it.
 
     Raises:
-        LookupError: for an unknown task, split or kind of labels.
+        LookupError: for an unknown task or split.
         ValueError: if this tokenizer leaves too few pairs.
     """
-    known("labels", labels, LABELS)
     title = f"words, {name}"
     usable, dropped = _usable(model, word_pairs(name), partial)
     to_ask, to_show = set(word_pairs(name, split)), set(word_pairs(name, "train" if split else None))
@@ -84,14 +80,12 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
             f"{title}: this tokenizer leaves {len(asked)} pairs to ask and {len(shown)} to show, too few for {shots} "
             "examples" + ("" if partial else "; partial=True adds answers of several tokens")
         )
-    if labels == "shuffled" and shots < 2:
-        raise ValueError(f"{title}: labels of {shots} examples cannot be shuffled: give at least 2")
     count(title, n, None if shots else len(asked))
     rng, wanted, items = np.random.default_rng(seed), n or len(asked), {}
     rounds = range(1 if n is None else 20 + wanted // len(asked))  # every word once before one comes again
     for i in (i for _ in rounds for i in rng.permutation(len(asked))):
         try:
-            item = _item(rng, asked[i], asked, shown, shots, foils, labels)
+            item = _item(rng, asked[i], asked, shown, shots, foils)
             items.setdefault(item.prompt, item)
         except ValueError as reason:
             dropped[f"{asked[i].x}: {asked[i].y}"] = str(reason)
@@ -136,7 +130,7 @@ def _usable(model, pairs, partial: bool) -> tuple[list[_Pair], dict[str, str]]:
     return found, dropped
 
 
-def _item(rng, query: _Pair, asked: list[_Pair], shown: list[_Pair], shots: int, foils: int, labels: str) -> Item:
+def _item(rng, query: _Pair, asked: list[_Pair], shown: list[_Pair], shots: int, foils: int) -> Item:
     """A prompt for one question; ValueError where the pairs are too few for it."""
     twins = [pair for pair in asked if pair.y != query.y]
     if not twins:
@@ -147,9 +141,6 @@ def _item(rng, query: _Pair, asked: list[_Pair], shown: list[_Pair], shots: int,
     if len(fit) < shots:
         raise ValueError(f"{len(fit)} examples left that do not give the answer away, {shots} needed")
     examples = [fit[k] for k in rng.choice(len(fit), shots, replace=False)]
-    given = [pair.y for pair in examples]
-    if labels == "shuffled":
-        given = given[1:] + given[:1]
     others = sorted({pair.piece for pair in asked} - {query.piece, twin.piece})
     if not 1 <= foils <= len(others) + 1:
         raise ValueError(f"foils={foils}: between 1 and {len(others) + 1} answers can be foils")
@@ -157,6 +148,6 @@ def _item(rng, query: _Pair, asked: list[_Pair], shown: list[_Pair], shots: int,
     template, parts = "Q: {query}\nA:", {}
     for k in range(shots, 0, -1):
         template = f"Q: {{example {k}}}\nA: {{label {k}}}\n\n{template}"
-        parts |= {f"example {k}": examples[k - 1].x, f"label {k}": given[k - 1]}
+        parts |= {f"example {k}": examples[k - 1].x, f"label {k}": examples[k - 1].y}
     (prompt, roles), (corrupted, _) = (fill(template, query=pair.x, **parts) for pair in (query, twin))
     return Item(prompt, query.piece, (twin.piece, *more), corrupted, roles)
