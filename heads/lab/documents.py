@@ -95,8 +95,8 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     source, out = source_of(documents, out), Path(out)
     models, chosen = prepared(model, conditions, kind)
     run = {
-        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": source and {"name": source.name, "sha256": sha256(source)},
-        "conditions": chosen, "kind": kind,
+        "model": model.record["name"], "sha256": model.record.get("sha256"), "conditions": chosen, "kind": kind,
+        "documents": source and {"name": source.name, "sha256": sha256(source)},
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
     }  # fmt: skip
     partial, about = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.about.json")

@@ -43,7 +43,7 @@ def _checked(parts: str) -> str:
 
 
 class HeadWeights:
-    """The weights of some heads, ready to be trained; inside `with` the model runs with them.
+    """The weights of chosen heads as the only thing to train, `heads.head_weights`; inside `with` the model runs with them.
 
         tuned = heads.head_weights(model, [(3, 1), (5, 0)])
         with tuned:
@@ -52,9 +52,18 @@ class HeadWeights:
         ...                           # the model as it was, to the bit
         with tuned: ...               # and tuned again
 
+    Args:
+        heads: (layer, head) pairs.
+        parts: which of a head's weights: "q" rows of the query projection, "k" and "v" those of its key-value
+            group, "o" columns of the output projection. Biases of q, k and v go with their rows.
+
     Attributes:
-        heads: the chosen (layer, head) pairs.
+        heads: the chosen pairs, sorted.
         counts: part ("q", "k", "v", "o") -> numbers trained. `count` is their sum.
+
+    Raises:
+        IndexError: a head that does not exist. ValueError: no heads, unknown parts, an unknown layout, or weights
+        that are being tuned already.
     """
 
     def __init__(self, model, heads: Iterable[Head], parts: str = PARTS):
@@ -124,21 +133,6 @@ class HeadWeights:
             parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         for module, order in self._order.items():  # as it was: a state dict keeps the order of its names
             module._parameters = {name: module._parameters[name] for name in order}
-
-
-def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeights:
-    """The weights of chosen heads as the only thing to train. See `HeadWeights`.
-
-    Args:
-        heads: (layer, head) pairs.
-        parts: which of a head's weights: "q" rows of the query projection, "k" and "v" those of its key-value
-            group, "o" columns of the output projection. Biases of q, k and v go with their rows.
-
-    Raises:
-        IndexError: a head that does not exist. ValueError: no heads, unknown parts, an unknown layout, or weights
-        that are being tuned already.
-    """
-    return HeadWeights(model, heads, parts)
 
 
 @dataclass(frozen=True)

@@ -180,11 +180,12 @@ class Anatomy:
 
 
 def vocabulary(config) -> dict:
-    """The `rename` and `envoys` arguments that give an nnsight model the standard names."""
+    """The `rename`, `envoys` and `task` arguments that give an nnsight model the standard names."""
     names = family_of(config)
     rename = {names.layers: "layers", names.final_norm: "final_norm", names.unembed: "unembed"}
     rename |= {path: name for path, name in ((names.attn, "attn"), (names.mlp, "mlp")) if path != name}
-    return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}}
+    task = "fill-mask" if names.encoder else "text-generation"
+    return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}, "task": task}
 
 
 def _attention_call(module: torch.nn.Module, op_names) -> str:

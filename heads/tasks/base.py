@@ -140,14 +140,13 @@ class Task:
         return mask
 
 
-def build(model, name: str, items: Iterable[Item], n: int | None = None, dropped: Iterable[tuple[str, str]] = ()) -> Task:
+def build(model, name: str, items: Iterable[Item], dropped: Iterable[tuple[str, str]] = ()) -> Task:
     """A Task from texts, for the tokenizer at hand.
 
     Items are dropped, with the reason kept in `Task.dropped`, if the answer or a foil is not one token after the
     prompt, if prompt and twin differ in length, or if the prompt is not of the commonest length.
 
     Args:
-        n: keep at most so many prompts.
         dropped: (text, reason) of what was left out before, such as words of more than one token.
 
     Raises:
@@ -165,7 +164,6 @@ def build(model, name: str, items: Iterable[Item], n: int | None = None, dropped
     if not kept:
         reason = mode(reason for _, reason in dropped) if dropped else "there were none"
         raise ValueError(f"{name}: no item can be used with this tokenizer: {reason}")
-    kept = kept[:n]
     ids, corrupted, answers, foils = (torch.tensor([encoded[k] for _, encoded in kept]) for k in range(4))
     roles = {role: torch.tensor([encoded[4][role] for _, encoded in kept]) for role in kept[0][0].roles}
     return Task(name, ids, answers, foils, corrupted, roles, tuple(item.prompt for item, _ in kept), tuple(dropped))
@@ -224,8 +222,8 @@ def pieces(tokenizer, prompt: str, continuation: str) -> list[int]:
     return whole[same:]
 
 
-def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
-    """`n` items with different prompts from a random source; `make` may return None where a draw fails.
+def distinct(name: str, n: int, make: Callable[[], Item]) -> list[Item]:
+    """`n` items with different prompts from a random source.
 
     Raises:
         ValueError: if `n` is below 1, or so many different prompts do not come up.
@@ -234,8 +232,7 @@ def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
     found: dict[str, Item] = {}
     for _ in range(200 + 50 * n):
         item = make()
-        if item is not None:
-            found.setdefault(item.prompt, item)
+        found.setdefault(item.prompt, item)
         if len(found) == n:
             return list(found.values())
     raise ValueError(f"{name}: {n} different prompts asked for, but only {len(found)} were found: ask for fewer")

@@ -17,8 +17,8 @@ COLOURS = "red orange yellow green blue purple brown black".split()
 PLACES = "table desk floor".split()
 OPENINGS = ("there is", "you see", "I see")
 QUESTION = (
-    "Q: On the {place}, {opening} {a 0} {colour 0} {object 0}, {a 1} {colour 1} {object 1}, and {a 2} {colour 2} {object 2}. "
-    "What color is the {query object}?\nA:"
+    "Q: On the {place}, {opening} {a 0} {colour 0} {object 0}, {a 1} {colour 1} {object 1}, "
+    "and {a 2} {colour 2} {object 2}. What color is the {query object}?\nA:"
 )
 
 
@@ -50,14 +50,15 @@ def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> T
         )
     rng = np.random.default_rng(seed)
     items = distinct("colored_objects", n, lambda: _item(rng, objects, colours, foils))
-    return build(model, "colored_objects", items, n, a + b + c)
+    return build(model, "colored_objects", items, a + b + c)
 
 
 def _item(rng, objects, colours, foils: str) -> Item:
     (solved, (k, *_)), (parts, order) = _drawn(rng, objects, colours), _drawn(rng, objects, colours)
     answer = {"example answer": solved[f"colour {k}"].capitalize()}
     before, example = fill(QUESTION + " {example answer}\n", **solved, **answer, **{"query object": solved[f"object {k}"]})
-    (prompt, spans), (twin, _) = (fill(QUESTION, before, **parts, **{"query object": parts[f"object {k}"]}) for k in order[:2])
+    asked = [{**parts, "query object": parts[f"object {k}"]} for k in order[:2]]
+    (prompt, spans), (twin, _) = (fill(QUESTION, before, **parts) for parts in asked)
     roles = {role: span[role] for role, span in (("example answer", example), ("query object", spans))}
     for role, k in zip(("right", "foil", "other"), order):
         roles |= {f"{role} {kind}": spans[f"{kind} {k}"] for kind in ("object", "colour")}

@@ -30,11 +30,10 @@ def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
     for i in range(n):
         people = rng.permutation(lists["people"])[:n_facts]
         kinds = [lists["attributes"][k] for k in rng.choice(len(lists["attributes"]), size=n_facts)]
-        values, used = [], set()
+        values: list[str] = []
         for kind in kinds:
-            left = [value for value in kind["values"] if value not in used]
+            left = [value for value in kind["values"] if value not in values]
             values.append(left[rng.integers(len(left))])
-            used.add(values[-1])
         sentences = [kind["sentence"].format(person=p, value=v) for kind, p, v in zip(kinds, people, values)]
         asked = int(rng.integers(n_facts))
         prompt = f"{' '.join(sentences)} {kinds[asked]['stem'].format(person=people[asked])}"

@@ -66,7 +66,7 @@ def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: i
     made = [distinct("ioi", half, lambda: _item(rng, words, TEMPLATES[template], order, corruption))
             for order, half in (("ABBA", n - n // 2), ("BABA", n // 2)) if half]  # fmt: skip
     items = [made[i % 2][i // 2] for i in range(n)]
-    return build(model, "ioi", items, n, a + b + c)
+    return build(model, "ioi", items, a + b + c)
 
 
 def _item(rng, words, template: str, order: str, corruption: str) -> Item:

@@ -24,9 +24,7 @@ LISTS = {
     "ordinals": tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split()),
     "days": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
     "day prefixes": tuple("Mon Tue Wed Thu Fri Sat Sun".split()),
-    "months": tuple(
-        "January February March April May June July August September October November December".split()
-    ),
+    "months": tuple("January February March April May June July August September October November December".split()),
     "month prefixes": tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()),
     "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
 }
@@ -77,7 +75,8 @@ def succession_lists(model, which: str | Iterable[str] | None = None, least: int
     for name in _names(LISTS if which is None else which):
         forms: dict[tuple[str, ...], str] = {}
         for form, (space, flipped) in FORMS.items():  # digits have no case to flip
-            forms.setdefault(tuple(space + (item[0].swapcase() + item[1:] if flipped else item) for item in LISTS[name]), form)
+            items = [item[0].swapcase() + item[1:] if flipped else item for item in LISTS[name]]
+            forms.setdefault(tuple(space + item for item in items), form)
         made = [_token_list(model, name, form, texts) for texts, form in forms.items()]
         found += [one for one in made if len(one.pairs) >= max(least, 1)]
     return found
@@ -107,16 +106,14 @@ def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.
     Raises:
         LookupError: for an unknown kind.
     """
-    known("map of a list", kind, ("predecessor", "copy", "permutation"))
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for name, (ids, pairs) in _by_name(lists).items():
-        pairs = torch.as_tensor(pairs)
-        if kind == "permutation":
-            pairs = torch.randperm(len(ids), generator=generator)[pairs]
-        else:
-            pairs = pairs.flip(1) if kind == "predecessor" else pairs[:, :1].expand(-1, 2)
-        found[name] = (ids, pairs)
-    return found
+    generator = torch.Generator().manual_seed(seed)
+    maps = {
+        "predecessor": lambda ids, pairs: pairs.flip(1),
+        "copy": lambda ids, pairs: pairs[:, :1].expand(-1, 2),
+        "permutation": lambda ids, pairs: torch.randperm(len(ids), generator=generator)[pairs],
+    }
+    turned = maps[known("map of a list", kind, maps)]
+    return {name: (ids, turned(ids, torch.as_tensor(pairs))) for name, (ids, pairs) in _by_name(lists).items()}
 
 
 def _by_name(lists: Lists) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -184,15 +181,16 @@ def succession(model, which: str | Iterable[str] = "days", n: int | None = None,
     dropped += [(w.prompt, f"{k} tokens, most have {size}") for w, k in zip(windows, lengths) if k != size]
     windows = [w for w, k in zip(windows, lengths) if k == size]
     count(title, n, len(windows))
-    width, items = min(len(w.items) for w in windows) - 1, []
+    width, items = min(len(w.items) for w in windows), []
     for i in rng.permutation(len(windows))[:n]:
         w = windows[i]
         twin = _other(rng, w, windows) if corruption == "window" else _shuffled(model, rng, w, size)
         if twin is None:
             dropped.append((w.prompt, f"no twin of corruption {corruption!r}"))
         else:
-            items.append(Item(w.prompt, w.continuation(w.answer), w.foils(width), twin, w.text(w.elements)[1]))
-    return build(model, title, items, n, dropped)
+            (prompt, roles), (answer, *foils) = w.text(w.elements), w.options[:width]
+            items.append(Item(prompt, answer, tuple(foils), twin, roles))
+    return build(model, title, items, dropped)
 
 
 @dataclass(frozen=True)
@@ -215,13 +213,11 @@ class _Window:
     def prompt(self) -> str:
         return self.text(self.elements)[0]
 
-    def continuation(self, i: int) -> str:
-        """An item as it continues the prompt."""
-        return self.items[i] if self.gap else f" {self.items[i]}"
-
-    def foils(self, width: int) -> tuple[str, ...]:
-        others = sorted((i for i in self.items if i != self.answer), key=lambda i: (abs(i - self.answer), i))
-        return tuple(self.continuation(i) for i in others[:width])
+    @property
+    def options(self) -> list[str]:
+        """The items of the list as they continue the prompt: the answer, then those nearest to it."""
+        near = sorted(self.items, key=lambda i: (abs(i - self.answer), i))
+        return [self.items[i] if self.gap else f" {self.items[i]}" for i in near]
 
 
 def _windows(model, name: str, length: int) -> tuple[list[_Window], list[tuple[str, str]]]:

@@ -91,7 +91,7 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
             dropped[f"{asked[i].x}: {asked[i].y}"] = str(reason)
         if len(items) == wanted:
             break
-    task = build(model, title, items.values(), n, dropped.items())
+    task = build(model, title, items.values(), dropped.items())
     if n is not None and len(task) < n:
         raise ValueError(f"{title}: {n} different prompts asked for, but only {len(task)} can be made: ask for fewer")
     return task
