@@ -34,7 +34,8 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.steering import Steering
     from heads.lab.sweeps import ablation_scores, patching_scores
     from heads.lab.training import fit
-    from heads.lab.tuning import all_weights, head_weights, lora, prompt_tuning
+    from heads.lab.tuning import HeadWeights as head_weights
+    from heads.lab.tuning import all_weights, lora, prompt_tuning
     from heads.metrics import evaluate
     from heads.model import anatomy, checks
     from heads.model import zoo as models

@@ -309,7 +309,7 @@ def test_the_default_model_is_what_the_zoo_says(default):
     a = default.anatomy
     assert (a.family, a.n_layers, a.n_heads, a.n_kv_heads, a.d_head) == ("llama", 30, 9, 3, 64)
     stored = models.fetch() / "model.safetensors"
-    assert default.record["sha256"] == models._sha256(stored) and default.record["name"] == models.DEFAULT
+    assert default.record["sha256"] == models.sha256(stored) and default.record["name"] == models.DEFAULT
     assert not any(parameter.requires_grad for parameter in default._module.parameters())
 
 

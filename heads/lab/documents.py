@@ -10,7 +10,6 @@ the reason. Memory does not grow with the corpus: a window of documents is held 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from heads.lab.answers import batches, losses_in, prepared
+from heads.model.zoo import sha256
 
 WINDOW = 128  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
 HALF = re.compile("[\ud800-\udfff]")
@@ -95,8 +95,8 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     source, out = source_of(documents, out), Path(out)
     models, chosen = prepared(model, conditions, kind)
     run = {
-        "model": model.record["name"], "sha256": model.record.get("sha256"), "documents": source and _identity(source),
-        "conditions": chosen, "kind": kind,
+        "model": model.record["name"], "sha256": model.record.get("sha256"), "conditions": chosen, "kind": kind,
+        "documents": source and {"name": source.name, "sha256": sha256(source)},
         "text": text, "length": length, "tokens": tokens, "window": window, "shard": list(shard),
     }  # fmt: skip
     partial, about = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.about.json")
@@ -149,12 +149,6 @@ def _checked(model, conditions, length, tokens, window, shard) -> int:
     if min(tokens, window) < 1:
         raise ValueError(f"tokens={tokens} and window={window} must be at least 1")
     return int(min(context, 2048)) if length is None else length
-
-
-def _identity(source: Path) -> dict:
-    """What tells one file of documents from another."""
-    with source.open("rb") as file:
-        return {"name": source.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _alone(out: Path):

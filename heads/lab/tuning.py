@@ -43,7 +43,7 @@ def _checked(parts: str) -> str:
 
 
 class HeadWeights:
-    """The weights of some heads, ready to be trained; inside `with` the model runs with them.
+    """The weights of chosen heads as the only thing to train, `heads.head_weights`; inside `with` the model runs with them.
 
         tuned = heads.head_weights(model, [(3, 1), (5, 0)])
         with tuned:
@@ -52,9 +52,18 @@ class HeadWeights:
         ...                           # the model as it was, to the bit
         with tuned: ...               # and tuned again
 
+    Args:
+        heads: (layer, head) pairs.
+        parts: which of a head's weights: "q" rows of the query projection, "k" and "v" those of its key-value
+            group, "o" columns of the output projection. Biases of q, k and v go with their rows.
+
     Attributes:
-        heads: the chosen (layer, head) pairs.
+        heads: the chosen pairs, sorted.
         counts: part ("q", "k", "v", "o") -> numbers trained. `count` is their sum.
+
+    Raises:
+        IndexError: a head that does not exist. ValueError: no heads, unknown parts, an unknown layout, or weights
+        that are being tuned already.
     """
 
     def __init__(self, model, heads: Iterable[Head], parts: str = PARTS):
@@ -126,21 +135,6 @@ class HeadWeights:
             module._parameters = {name: module._parameters[name] for name in order}
 
 
-def head_weights(model, heads: Iterable[Head], parts: str = PARTS) -> HeadWeights:
-    """The weights of chosen heads as the only thing to train. See `HeadWeights`.
-
-    Args:
-        heads: (layer, head) pairs.
-        parts: which of a head's weights: "q" rows of the query projection, "k" and "v" those of its key-value
-            group, "o" columns of the output projection. Biases of q, k and v go with their rows.
-
-    Raises:
-        IndexError: a head that does not exist. ValueError: no heads, unknown parts, an unknown layout, or weights
-        that are being tuned already.
-    """
-    return HeadWeights(model, heads, parts)
-
-
 @dataclass(frozen=True)
 class Adapter:
     """A peft model around a loaded one. `module` is called like a transformers model, `count` parameters are trained."""
@@ -162,14 +156,13 @@ class Adapter:
 
 
 @contextmanager
-def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, layers: Iterable[int] | None = None,
-         seed: int = 0) -> Iterator[Adapter]:  # fmt: skip
-    """LoRA (Hu et al. 2022) for as long as the `with` block lasts; inside it the model itself runs with it.
+def lora(model, rank: int = 8, parts: str = "qv", layers: Iterable[int] | None = None, seed: int = 0) -> Iterator[Adapter]:
+    """LoRA (Hu et al. 2022) for as long as the `with` block lasts; inside it the model itself runs with it. The update
+    is 2 B A (alpha is twice the rank).
 
     Args:
         parts: projections to adapt, of "qkvo". Where queries, keys and values are one fused matrix, any of them
             means the whole of it.
-        alpha: scale; the update is alpha / rank times B A. Twice the rank if None.
         layers: indices; all if None.
 
     Yields:
@@ -184,7 +177,7 @@ def lora(model, rank: int = 8, parts: str = "qv", alpha: float | None = None, la
         raise ValueError("no layers were chosen: there is nothing to adapt")
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=2 * rank,
         target_modules=[name for name, module in model._module.named_modules() if module in wanted],
         fan_in_fan_out=any(map(transposed, wanted)),
     )

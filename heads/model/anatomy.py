@@ -42,15 +42,6 @@ class Located(eproperty):
         return f"{obj.path}.{getattr(obj, self.key)}"
 
 
-def _edited(view: torch.Tensor, version) -> bool:
-    # an inference tensor counts no versions: take it as edited, which is always correct
-    return version is None or view._version != version
-
-
-def _version(view: torch.Tensor):
-    return None if view.is_inference() else view._version
-
-
 class Argument(Located):
     """One argument of the attention call, `[batch, head, position, d_head]` there, handed out by position."""
 
@@ -97,15 +88,15 @@ class Attention(Envoy):
     def pattern(self, value: tuple) -> torch.Tensor:
         (module, q, k, _, mask), kwargs = value[0][:5], value[1]
         weights = attention_pattern(module, q, k, mask, **kwargs)
-        self.__dict__["_pattern_version"] = _version(weights)
+        self.__dict__["_pattern_version"] = None if weights.is_inference() else weights._version
         return weights
 
     @pattern.transform
     def pattern(self, view: torch.Tensor, raw: tuple) -> tuple:
-        # A pattern that was only read leaves the pass to SDPA, to the bit.
-        if not _edited(view, self.__dict__.get("_pattern_version")):
-            return raw
-        return self._override(raw, view)
+        # A pattern that was only read leaves the pass to SDPA, to the bit. An inference tensor counts no versions: it is
+        # taken as edited, which is always correct.
+        before = self.__dict__.get("_pattern_version")
+        return raw if before is not None and view._version == before else self._override(raw, view)
 
     @pattern.postprocess
     def pattern(self, value: torch.Tensor) -> tuple:
@@ -190,14 +181,12 @@ class Anatomy:
 
 
 def vocabulary(config) -> dict:
-    """The `rename` and `envoys` arguments that give an nnsight model the standard names."""
+    """The `rename`, `envoys` and `task` arguments that give an nnsight model the standard names."""
     names = family_of(config)
     rename = {names.layers: "layers", names.final_norm: "final_norm", names.unembed: "unembed"}
-    if names.attn != "attn":
-        rename[names.attn] = "attn"
-    if names.mlp != "mlp":
-        rename[names.mlp] = "mlp"
-    return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}}
+    rename |= {path: name for path, name in ((names.attn, "attn"), (names.mlp, "mlp")) if path != name}
+    task = "fill-mask" if names.encoder else "text-generation"
+    return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}, "task": task}
 
 
 def _attention_call(module: torch.nn.Module, op_names) -> str:

@@ -16,16 +16,13 @@ class IdentityError(ValueError):
     """A model does not behave as its anatomy says; the message names the identity and the layer."""
 
 
-def _tokens(model) -> torch.Tensor:
-    # spread over the vocabulary, so that neighbouring rows of an embedding table do not matter
-    size = model.config.get_text_config().vocab_size
-    return torch.linspace(1, size - 1, 6, device=model.device).long()[None]
-
-
-def _close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> float:
-    """Largest difference in units of the larger one's scale and the tolerance: fine up to 1."""
+def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float, otherwise: str) -> float:
+    """Largest difference in units of the larger one's scale and the tolerance. Above 1 it is an error."""
     scale = max(a.abs().max().item(), b.abs().max().item(), 1e-6)
-    return (a.float() - b.float()).abs().max().item() / (scale * tolerance)
+    error = (a.float() - b.float()).abs().max().item() / (scale * tolerance)
+    if not error <= 1:
+        raise IdentityError(f"{otherwise} ({error:.1f} times the tolerance)")
+    return error
 
 
 def identities(model) -> dict[str, float]:
@@ -39,7 +36,9 @@ def identities(model) -> dict[str, float]:
     Raises:
         IdentityError: naming the identity that failed, by how much, and where.
     """
-    ids, anatomy = _tokens(model), model.anatomy
+    anatomy, size = model.anatomy, model.config.get_text_config().vocab_size
+    # spread over the vocabulary, so that neighbouring rows of an embedding table do not matter
+    ids = torch.linspace(1, size - 1, 6, device=model.device).long()[None]
     tolerance = {torch.float32: 1e-4, torch.float16: 1e-2}.get(model._module.dtype, 4e-2)
     with torch.no_grad():
         return {
@@ -65,10 +64,8 @@ def _sum(model, ids, tolerance) -> float:
                 found = tuple(shape[2:])
                 raise IdentityError(f"layer {i}: the {what} are {found} (heads, d_head), the config says {expected}")
         bias = projection(model, i).bias
-        error = _close(head_outputs(model, i, z[i]).sum(-2) + (0 if bias is None else bias), out[i], tolerance)
-        if not error <= 1:
-            raise IdentityError(f"layer {i}: the heads do not sum to the attention output ({error:.1f} times the tolerance)")
-        worst = max(worst, error)
+        summed = head_outputs(model, i, z[i]).sum(-2) + (0 if bias is None else bias)
+        worst = max(worst, _same(summed, out[i], tolerance, f"layer {i}: the heads do not sum to the attention output"))
     return worst
 
 
@@ -91,13 +88,8 @@ def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
         knocked = _logits(model, ids)
     finally:
         rows.copy_(kept)
-    error = _close(edited, knocked, tolerance)
-    if not error <= 1:
-        raise IdentityError(
-            f"zeroing head ({layer}, {head}) is not knocking out its weights ({error:.1f} times the tolerance): "
-            "the edit does not reach the model where the head is"
-        )
-    return error
+    return _same(edited, knocked, tolerance, f"zeroing head ({layer}, {head}) is not knocking out its weights: "
+                 "the edit does not reach the model where the head is")  # fmt: skip
 
 
 def _no_op(model, ids) -> float:

@@ -79,9 +79,7 @@ def family_of(config) -> Family:
 def windows(config, n_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer in tokens, None where it sees everything."""
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return (None,) * n_layers
-    if kinds is None:
-        return (window,) * n_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * n_layers
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

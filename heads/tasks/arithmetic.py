@@ -7,7 +7,7 @@ import operator
 import numpy as np
 
 from heads.names import count, known
-from heads.tasks.base import Item, Task, build, fill, single
+from heads.tasks.base import Item, Task, build, fill, single, spaced
 
 # What computes the result, and the sign, verb and noun that ask for it.
 OPERATIONS = {
@@ -17,10 +17,10 @@ OPERATIONS = {
     "division": (operator.floordiv, "/", "over", "ratio"),
 }
 TEMPLATES = {
-    "symbols": "{a}{operator}{b}=",
-    "question": "Question: What is {a} {operator} {b}? Answer:",
-    "equals": "{a} {operator} {b} equals",
-    "noun": "The {operator} of {a} and {b} is",
+    "symbols": "{operand 1}{operator}{operand 2}=",
+    "question": "Question: What is {operand 1} {operator} {operand 2}? Answer:",
+    "equals": "{operand 1} {operator} {operand 2} equals",
+    "noun": "The {operator} of {operand 1} and {operand 2} is",
 }
 # What stands in the operator's place where nothing is to be calculated.
 NEUTRAL = {"symbols": "&", "question": "and", "equals": "and", "noun": "pair"}
@@ -66,26 +66,21 @@ def arithmetic(model, n: int | None = None, seed: int = 0, operation: str = "add
         left = [p for p in problems if sorted(p[:2]) not in (sorted(problems[i][:2]), sorted(twin[:2]))]
         examples = [left[k] for k in rng.choice(len(left), shots, replace=False)]
         items.append(_item(problems[i], twin, examples, operation, template, counterfactual, gap, numbers))
-    return build(model, name, items, n, dropped)
+    return build(model, name, items, dropped)
 
 
 def _numbers(model, template: str, largest: int):
-    """(what stands between a prompt and its answer, the one-token numbers, (number, reason) of the others).
-
-    A space is the prompt's business only if a digit after a space is not one token.
-    """
+    """(what stands between a prompt and its answer, the one-token numbers, (number, reason) of the others)."""
     if isinstance(largest, bool) or not isinstance(largest, int) or largest < 3:
         raise ValueError(f"arithmetic: largest={largest!r}: expected a whole number from 3")
     texts = [str(i) for i in range(largest + 1)]
+    gap = ""
     if template == "symbols":
-        kept, dropped = single(model, texts, "=")
+        kept, dropped = single(model, texts, "=", "")
     else:
-        kept, dropped = single(model, [f" {text}" for text in texts], " is")
-        if not kept:
-            kept, dropped = single(model, texts, " is ")
+        kept, gap, dropped = spaced(model, texts, " is")
     if not kept:
         raise ValueError("arithmetic: this tokenizer has no one-token digits")
-    gap = " " if template != "symbols" and not kept[0].startswith(" ") else ""
     return gap, [int(text) for text in kept], dropped
 
 
@@ -108,21 +103,21 @@ def _item(problem, twin, examples, operation, template, counterfactual, gap, num
     _, sign, verb, noun = OPERATIONS[operation]
     word = {"symbols": sign, "noun": noun}.get(template, verb)
 
-    def text(problem, word):
-        return fill(TEMPLATES[template], a=str(problem[0]), operator=word, b=str(problem[1]))
-
     space = "" if template == "symbols" else " "
     results = [str(p[2]) for p in examples]
-    shown = "".join(f"{text(p, word)[0]}{space}{r}\n" for p, r in zip(examples, results))
-    query, spans = text(problem, word)
+
+    def calculation(p, word, before=""):
+        return fill(TEMPLATES[template], before, **{"operand 1": str(p[0]), "operator": word, "operand 2": str(p[1])})
+
+    def text(asked, word, results):
+        shown = "".join(f"{calculation(p, word)[0]}{space}{result}\n" for p, result in zip(examples, results))
+        return calculation(asked, word, shown)
+
+    prompt, roles = text(problem, word, results)
     if counterfactual == "operands":
-        corrupted = shown + text(twin, word)[0] + gap
+        corrupted, _ = text(twin, word, results)
     else:
-        neutral, moved = NEUTRAL[template], results[1:] + results[:1]
-        shown_twin = "".join(f"{text(p, neutral)[0]}{space}{r}\n" for p, r in zip(examples, moved))
-        corrupted = shown_twin + text(problem, neutral)[0] + gap
-    roles = {role: tuple(len(shown) + i for i in spans[key])
-             for role, key in (("operand 1", "a"), ("operator", "operator"), ("operand 2", "b"))}  # fmt: skip
-    lead = "" if gap or template == "symbols" else " "
+        corrupted, _ = text(problem, NEUTRAL[template], results[1:] + results[:1])
+    lead = "" if gap else space
     foils = tuple(f"{lead}{i}" for i in numbers if i != problem[2])
-    return Item(shown + query + gap, f"{lead}{problem[2]}", foils, corrupted, roles)
+    return Item(prompt + gap, f"{lead}{problem[2]}", foils, corrupted + gap, roles)

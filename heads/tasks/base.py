@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from statistics import mode
 from string import Formatter
 
 import torch
@@ -140,14 +140,13 @@ class Task:
         return mask
 
 
-def build(model, name: str, items: Iterable[Item], n: int | None = None, dropped: Iterable[tuple[str, str]] = ()) -> Task:
+def build(model, name: str, items: Iterable[Item], dropped: Iterable[tuple[str, str]] = ()) -> Task:
     """A Task from texts, for the tokenizer at hand.
 
     Items are dropped, with the reason kept in `Task.dropped`, if the answer or a foil is not one token after the
     prompt, if prompt and twin differ in length, or if the prompt is not of the commonest length.
 
     Args:
-        n: keep at most so many prompts.
         dropped: (text, reason) of what was left out before, such as words of more than one token.
 
     Raises:
@@ -159,13 +158,12 @@ def build(model, name: str, items: Iterable[Item], n: int | None = None, dropped
             good.append((item, _encode(model.tokenizer, item)))
         except ValueError as reason:
             dropped.append((item.prompt, str(reason)))
-    length = Counter(len(encoded[0]) for _, encoded in good).most_common(1)[0][0] if good else 0
+    length = mode(len(encoded[0]) for _, encoded in good) if good else 0
     kept = [(item, encoded) for item, encoded in good if len(encoded[0]) == length]
     dropped += [(i.prompt, f"{len(e[0])} tokens, most have {length}") for i, e in good if len(e[0]) != length]
     if not kept:
-        reason = Counter(reason for _, reason in dropped).most_common(1)[0][0] if dropped else "there were none"
+        reason = mode(reason for _, reason in dropped) if dropped else "there were none"
         raise ValueError(f"{name}: no item can be used with this tokenizer: {reason}")
-    kept = kept[:n]
     ids, corrupted, answers, foils = (torch.tensor([encoded[k] for _, encoded in kept]) for k in range(4))
     roles = {role: torch.tensor([encoded[4][role] for _, encoded in kept]) for role in kept[0][0].roles}
     return Task(name, ids, answers, foils, corrupted, roles, tuple(item.prompt for item, _ in kept), tuple(dropped))
@@ -175,11 +173,14 @@ def _encode(tokenizer, item: Item):
     """(ids, corrupted ids, answer, foils, roles) of one item; ValueError says why it cannot be used."""
     found = tokenizer(item.prompt, return_offsets_mapping=True)
     ids, offsets = found.input_ids, found.offset_mapping
-    continuations = [item.answer, *item.foils]
-    twin, *longer = tokenizer([item.corrupted, *(item.prompt + text for text in continuations)]).input_ids
+    texts = [item.answer, *item.foils]
+    twin, *longer = tokenizer([item.corrupted, *(item.prompt + text for text in texts)]).input_ids
     if len(twin) != len(ids):
         raise ValueError(f"{len(ids)} tokens, but its corrupted twin has {len(twin)}")
-    answer, *foils = [_last(ids, whole, text) for whole, text in zip(longer, continuations)]
+    for text, whole in zip(texts, longer):
+        if whole[:-1] != ids:
+            raise ValueError(f"{text!r} is not one token after its prompt")
+    answer, *foils = [whole[-1] for whole in longer]
     roles = {}
     for role, (start, end) in item.roles.items():
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
@@ -189,31 +190,29 @@ def _encode(tokenizer, item: Item):
     return ids, twin, answer, foils, roles
 
 
-def _last(ids: list[int], whole: list[int], continuation: str) -> int:
-    if whole[: len(ids)] != ids or len(whole) != len(ids) + 1:
-        raise ValueError(f"{continuation!r} is not one token after its prompt")
-    return whole[-1]
+def single(model, words: Iterable[str], after: str = "\n", lead: str = " ") -> tuple[list[str], list[tuple[str, str]]]:
+    """The words that are one token after a text and a `lead`, and (word, reason) for the others.
 
-
-def one_token(tokenizer, prompt: str, continuation: str) -> int:
-    """The single token that a continuation is after this prompt; ValueError if it is not one."""
-    return _last(*tokenizer([prompt, prompt + continuation]).input_ids, continuation)
-
-
-def single(model, words: Iterable[str], after: str = "\n") -> tuple[list[str], list[tuple[str, str]]]:
-    """The words that are one token after a text, and (word, reason) for the others.
-
-    The words come with their leading space, if they have one, and are dropped without it. A line break before them
-    keeps apart what some tokenizers treat alike, the start of a text and a space.
+    A line break before them keeps apart what some tokenizers treat alike, the start of a text and a space.
     """
     kept, dropped = [], []
     for word in words:
-        try:
-            one_token(model.tokenizer, after, word)
+        before, whole = model.tokenizer([after, after + lead + word]).input_ids
+        if whole[:-1] == before:
             kept.append(word)
-        except ValueError:
-            dropped.append((word.strip(), f"{len(pieces(model.tokenizer, after, word))} tokens"))
+        else:
+            dropped.append((word, f"{len(pieces(model.tokenizer, after, lead + word))} tokens"))
     return kept, dropped
+
+
+def spaced(model, words: Sequence[str], after: str) -> tuple[list[str], str, list[tuple[str, str]]]:
+    """`single` after a text and a space, with a gap before them: " " where the tokenizer makes a space before digits a
+    token of its own, so that the prompt must end with it, else ""."""
+    kept, dropped = single(model, words, after)
+    if kept or not words[0].isdigit():
+        return kept, "", dropped
+    kept, dropped = single(model, words, f"{after} ", "")
+    return kept, " ", dropped
 
 
 def pieces(tokenizer, prompt: str, continuation: str) -> list[int]:
@@ -223,8 +222,8 @@ def pieces(tokenizer, prompt: str, continuation: str) -> list[int]:
     return whole[same:]
 
 
-def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
-    """`n` items with different prompts from a random source; `make` may return None where a draw fails.
+def distinct(name: str, n: int, make: Callable[[], Item]) -> list[Item]:
+    """`n` items with different prompts from a random source.
 
     Raises:
         ValueError: if `n` is below 1, or so many different prompts do not come up.
@@ -233,18 +232,17 @@ def distinct(name: str, n: int, make: Callable[[], Item | None]) -> list[Item]:
     found: dict[str, Item] = {}
     for _ in range(200 + 50 * n):
         item = make()
-        if item is not None:
-            found.setdefault(item.prompt, item)
+        found.setdefault(item.prompt, item)
         if len(found) == n:
             return list(found.values())
     raise ValueError(f"{name}: {n} different prompts asked for, but only {len(found)} were found: ask for fewer")
 
 
-def fill(template: str, **parts: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """A template with its {parts} filled in, and where each part stands in characters (its last place)."""
-    text, spans = "", {}
-    for before, key, _, _ in Formatter().parse(template):
-        text += before
+def fill(template: str, before: str = "", /, **parts: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """A template with its {parts} filled in, after another text, and where each part stands in characters."""
+    text, spans = before, {}
+    for between, key, _, _ in Formatter().parse(template):
+        text += between
         if key is not None:
             spans[key] = (len(text), len(text) + len(parts[key]))
             text += parts[key]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from heads.names import count, known
-from heads.tasks.base import Item, Task, build, distinct, single
+from heads.names import known
+from heads.tasks.base import Item, Task, build, distinct, fill, single
 
 OBJECTS = (
     "ball bottle bowl bracelet cup envelope jug leash lighter mug necklace notebook pen pencil plate puzzle textbook"
@@ -16,6 +16,10 @@ OBJECTS = (
 COLOURS = "red orange yellow green blue purple brown black".split()
 PLACES = "table desk floor".split()
 OPENINGS = ("there is", "you see", "I see")
+QUESTION = (
+    "Q: On the {place}, {opening} {a 0} {colour 0} {object 0}, {a 1} {colour 1} {object 1}, "
+    "and {a 2} {colour 2} {object 2}. What color is the {query object}?\nA:"
+)
 
 
 def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> Task:
@@ -35,12 +39,10 @@ def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> T
         ValueError: if this tokenizer has too few one-token objects or colours.
     """
     known("foils of colored_objects", foils, ("twin", "both"))
-    count("colored_objects", n)
-    objects, a = single(model, [f" {w}" for w in OBJECTS])
-    small, b = single(model, [f" {w}" for w in COLOURS])
-    large, c = single(model, [f" {w.capitalize()}" for w in COLOURS])
-    objects = [w.strip() for w in objects]
-    colours = [w for w in COLOURS if f" {w}" in small and f" {w.capitalize()}" in large]
+    objects, a = single(model, OBJECTS)
+    small, b = single(model, COLOURS)
+    large, c = single(model, [w.capitalize() for w in COLOURS])
+    colours = [w for w in small if w.capitalize() in large]
     if len(objects) < 3 or len(colours) < 3:
         raise ValueError(
             f"colored_objects: this tokenizer has one token for {len(objects)} of {len(OBJECTS)} objects and "
@@ -48,39 +50,26 @@ def colored_objects(model, n: int = 64, seed: int = 0, foils: str = "twin") -> T
         )
     rng = np.random.default_rng(seed)
     items = distinct("colored_objects", n, lambda: _item(rng, objects, colours, foils))
-    return build(model, "colored_objects", items, n, a + b + c)
+    return build(model, "colored_objects", items, a + b + c)
 
 
 def _item(rng, objects, colours, foils: str) -> Item:
-    prompt, spans, _ = _example(rng, objects, colours)
-    answer = spans.pop("answer")
-    prompt, example = f"{prompt} {answer}\n", (len(prompt) + 1, len(prompt) + 1 + len(answer))
-    query, spans, asked = _example(rng, objects, colours)
-    other = [asked[1], asked[2]]
-    roles = {"example answer": example}
-    for role, k in zip(("right", "foil", "other"), range(3)):
-        for kind in ("object", "colour"):
-            roles[f"{role} {kind}"] = tuple(len(prompt) + i for i in spans[f"{kind} {asked[k][0]}"])
-    roles["query object"] = tuple(len(prompt) + i for i in spans["query"])
-    cut, end = spans["query"]
-    twin = query[:cut] + other[0][1] + query[end:]
-    wrong = tuple(f" {colour.capitalize()}" for _, _, colour in (other if foils == "both" else other[:1]))
-    return Item(prompt + query, f" {spans['answer']}", wrong, prompt + twin, roles)
+    (solved, (k, *_)), (parts, order) = _drawn(rng, objects, colours), _drawn(rng, objects, colours)
+    answer = {"example answer": solved[f"colour {k}"].capitalize()}
+    before, example = fill(QUESTION + " {example answer}\n", **solved, **answer, **{"query object": solved[f"object {k}"]})
+    asked = [{**parts, "query object": parts[f"object {k}"]} for k in order[:2]]
+    (prompt, spans), (twin, _) = (fill(QUESTION, before, **parts) for parts in asked)
+    roles = {role: span[role] for role, span in (("example answer", example), ("query object", spans))}
+    for role, k in zip(("right", "foil", "other"), order):
+        roles |= {f"{role} {kind}": spans[f"{kind} {k}"] for kind in ("object", "colour")}
+    right, *wrong = (f" {parts[f'colour {k}'].capitalize()}" for k in order)
+    return Item(prompt, right, tuple(wrong if foils == "both" else wrong[:1]), twin, roles)
 
 
-def _example(rng, objects, colours):
-    """One question without its answer, the spans in it, and (place, object, colour) with the asked one first."""
+def _drawn(rng, objects, colours) -> tuple[dict[str, str], list[int]]:
+    """Parts of a question, and its three objects in an order that begins with the one asked for."""
     things, shades = (rng.choice(words, 3, replace=False).tolist() for words in (objects, colours))
-    three = list(zip(range(3), things, shades))
-    text, spans = f"Q: On the {rng.choice(PLACES)}, {OPENINGS[rng.integers(len(OPENINGS))]}", {}
-    for k, thing, colour in three:
-        text += " and" * (k == 2) + (" an " if colour[0] in "aeiou" else " a ")
-        spans[f"colour {k}"] = (len(text), len(text) + len(colour))
-        text += colour + " "
-        spans[f"object {k}"] = (len(text), len(text) + len(thing))
-        text += thing + ("." if k == 2 else ",")
-    order = rng.permutation(3)
-    asked = [three[k] for k in order]
-    text += " What color is the "
-    spans["query"] = (len(text), len(text) + len(asked[0][1]))
-    return f"{text}{asked[0][1]}?\nA:", {**spans, "answer": asked[0][2].capitalize()}, asked
+    parts = {"place": str(rng.choice(PLACES)), "opening": OPENINGS[rng.integers(len(OPENINGS))]}
+    for k, (thing, colour) in enumerate(zip(things, shades)):
+        parts |= {f"a {k}": "an" if colour[0] in "aeiou" else "a", f"colour {k}": colour, f"object {k}": thing}
+    return parts, rng.permutation(3).tolist()

@@ -6,17 +6,13 @@ No world knowledge helps, and the answer stands in the passage word for word (da
 from __future__ import annotations
 
 import json
-from functools import cache
+import re
+from collections import Counter
 
 import numpy as np
 
 from heads.names import data
 from heads.tasks.needle import Sample, continuation, find_span
-
-
-@cache
-def _lists() -> dict:
-    return json.loads(data("facts.json"))
 
 
 def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
@@ -28,17 +24,16 @@ def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
     Raises:
         ValueError: if more facts are asked for than there are people.
     """
-    lists, rng, samples = _lists(), np.random.default_rng(seed), []
+    lists, rng, samples = json.loads(data("facts.json")), np.random.default_rng(seed), []
     if not 1 <= n_facts <= len(lists["people"]):
         raise ValueError(f"n_facts={n_facts}: between 1 and {len(lists['people'])} facts fit into a passage")
     for i in range(n):
         people = rng.permutation(lists["people"])[:n_facts]
         kinds = [lists["attributes"][k] for k in rng.choice(len(lists["attributes"]), size=n_facts)]
-        values, used = [], set()
+        values: list[str] = []
         for kind in kinds:
-            left = [value for value in kind["values"] if value not in used]
+            left = [value for value in kind["values"] if value not in values]
             values.append(left[rng.integers(len(left))])
-            used.add(values[-1])
         sentences = [kind["sentence"].format(person=p, value=v) for kind, p, v in zip(kinds, people, values)]
         asked = int(rng.integers(n_facts))
         prompt = f"{' '.join(sentences)} {kinds[asked]['stem'].format(person=people[asked])}"
@@ -52,9 +47,6 @@ def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
 def token_f1(prediction: str, answer: str) -> float:
     """F1 over the words of two answers, as in SQuAD (Rajpurkar et al. 2016): lower case, no punctuation or
     articles."""
-    import re
-    from collections import Counter
-
     def words(text):
         return [w for w in re.findall(r"\w+", text.lower()) if w not in {"a", "an", "the"}]
 

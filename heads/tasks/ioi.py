@@ -36,7 +36,7 @@ TEMPLATES = (
 CORRUPTIONS = ("flip", "abc")
 
 
-def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: int | str = 0) -> Task:
+def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: int = 0) -> Task:
     """Two names, one of them again: the other one is the answer, the repeated one the foil.
 
     Prompts alternate between the orders ABBA (the answer's name first) and BABA, so that any even-sized slice is
@@ -47,33 +47,31 @@ def ioi(model, n: int = 64, seed: int = 0, corruption: str = "flip", template: i
         n: prompts, all different.
         corruption: "flip" puts the answer's name in the place of S2, which makes the subject the right answer;
             "abc" puts three other names in the places of all three, which leaves no right answer.
-        template: which of `TEMPLATES`, or "all" for those that this tokenizer makes equally long.
+        template: which of `TEMPLATES`.
 
     Raises:
         LookupError: for an unknown corruption or template.
         ValueError: if this tokenizer has too few one-token names, places or objects, or for too many prompts.
     """
     known("corruption of ioi", corruption, CORRUPTIONS)
-    known("template of ioi", template, [*range(len(TEMPLATES)), "all"])
+    known("template of ioi", template, range(len(TEMPLATES)))
     count("ioi", n)
-    (names, a), (places, b), (objects, c) = (single(model, [f" {w}" for w in words]) for words in (NAMES, PLACES, OBJECTS))
+    (names, a), (places, b), (objects, c) = (single(model, words) for words in (NAMES, PLACES, OBJECTS))
     if len(names) < 5 or not places or not objects:
         raise ValueError(
             f"ioi: this tokenizer has one token for {len(names)} of {len(NAMES)} names, {len(places)} of {len(PLACES)} "
             f"places and {len(objects)} of {len(OBJECTS)} objects; five names, a place and an object are needed"
         )
-    rng, words = np.random.default_rng(seed), [[w.strip() for w in found] for found in (names, places, objects)]
-    templates = _equally_long(model, words) if template == "all" else [TEMPLATES[template]]
-    made = [distinct("ioi", half, lambda: _item(rng, words, templates, order, corruption))
+    rng, words = np.random.default_rng(seed), (names, places, objects)
+    made = [distinct("ioi", half, lambda: _item(rng, words, TEMPLATES[template], order, corruption))
             for order, half in (("ABBA", n - n // 2), ("BABA", n // 2)) if half]  # fmt: skip
     items = [made[i % 2][i // 2] for i in range(n)]
-    return build(model, "ioi", items, n, a + b + c)
+    return build(model, "ioi", items, a + b + c)
 
 
-def _item(rng, words, templates, order: str, corruption: str) -> Item:
+def _item(rng, words, template: str, order: str, corruption: str) -> Item:
     io, s, *others = rng.choice(words[0], 5, replace=False).tolist()
     parts = dict(place=str(rng.choice(words[1])), object=str(rng.choice(words[2])))
-    template = templates[rng.integers(len(templates))]
 
     def text(a, b, c):
         first, second = (a, b) if order == "ABBA" else (b, a)
@@ -85,12 +83,3 @@ def _item(rng, words, templates, order: str, corruption: str) -> Item:
     roles = {first: spans["first"], second: spans["second"], "S2": spans["S2"]}
     roles["S1+1"] = (roles["S1"][1], roles["S1"][1] + 2)  # the space and the next letter
     return Item(prompt, f" {io}", (f" {s}",), corrupted, roles)
-
-
-def _equally_long(model, words) -> list[str]:
-    """The largest group of templates with one length."""
-    name, place, thing = (group[0] for group in words)
-    lengths = [len(model.tokenizer(fill(t, first=name, second=name, S2=name, place=place, object=thing)[0]).input_ids)
-               for t in TEMPLATES]  # fmt: skip
-    commonest = max(set(lengths), key=lambda length: (lengths.count(length), -length))
-    return [t for t, length in zip(TEMPLATES, lengths) if length == commonest]

@@ -126,8 +126,7 @@ def _sample(tokenizer, row, hay, start, length, depth, form, buffer) -> Sample:
     if form == "stem":
         prompt, lead = f"{context} {row['stem']}", " "
     else:
-        question = f"{context}\n\nAnswer from the text above. {row['question']}"
-        message = [{"role": "user", "content": question}]
+        message = [{"role": "user", "content": f"{context}\n\nAnswer from the text above. {row['question']}"}]
         prompt, lead = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), ""
     ids, answer_ids = continuation(tokenizer, prompt, lead + row["answer"], special=form == "stem")
     span = find_span(tokenizer, ids[0].tolist(), row["answer"])

@@ -5,15 +5,15 @@ The lists of Gould et al. (2023, arXiv 2312.09230), as prompts and as tokens for
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import mode
 
 import numpy as np
 import torch
 
 from heads.names import count, known
-from heads.tasks.base import Item, Task, build, one_token, single
+from heads.tasks.base import Item, Task, build, fill, pieces, single, spaced
 
 LISTS = {
     "numbers": tuple(str(i) for i in range(201)),
@@ -24,9 +24,7 @@ LISTS = {
     "ordinals": tuple("first second third fourth fifth sixth seventh eighth ninth tenth".split()),
     "days": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
     "day prefixes": tuple("Mon Tue Wed Thu Fri Sat Sun".split()),
-    "months": tuple(
-        "January February March April May June July August September October November December".split()
-    ),
+    "months": tuple("January February March April May June July August September October November December".split()),
     "month prefixes": tuple("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()),
     "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
 }
@@ -75,29 +73,21 @@ def succession_lists(model, which: str | Iterable[str] | None = None, least: int
     """
     found = []
     for name in _names(LISTS if which is None else which):
-        seen = set()
-        for form in FORMS:
-            texts = [_form(item, form) for item in LISTS[name]]
-            if tuple(texts) in seen:  # no case to flip
-                continue
-            seen.add(tuple(texts))
-            made = _token_list(model, name, form, texts)
-            if len(made.pairs) >= max(least, 1):
-                found.append(made)
+        forms: dict[tuple[str, ...], str] = {}
+        for form, (space, flipped) in FORMS.items():  # digits have no case to flip
+            items = [item[0].swapcase() + item[1:] if flipped else item for item in LISTS[name]]
+            forms.setdefault(tuple(space + item for item in items), form)
+        made = [_token_list(model, name, form, texts) for texts, form in forms.items()]
+        found += [one for one in made if len(one.pairs) >= max(least, 1)]
     return found
 
 
-def _form(item: str, form: str) -> str:
-    space, flipped = FORMS[form]
-    return space + (item[0].swapcase() + item[1:] if flipped else item)
-
-
-def _token_list(model, name: str, form: str, texts: list[str]) -> TokenList:
-    kept = set(single(model, texts)[0])
+def _token_list(model, name: str, form: str, texts: tuple[str, ...]) -> TokenList:
+    kept = set(single(model, texts, lead="")[0])
     index = [i for i, text in enumerate(texts) if text in kept]
     after = {i: (i + 1) % len(texts) if name in CYCLIC else i + 1 for i in index}
     pairs = [(k, index.index(after[i])) for k, i in enumerate(index) if after[i] in after]
-    ids = [one_token(model.tokenizer, "\n", texts[i]) for i in index]
+    ids = [pieces(model.tokenizer, "\n", texts[i])[0] for i in index]
     return TokenList(name, form, tuple(texts[i] for i in index), torch.tensor(ids), torch.tensor(index),
                      torch.tensor(pairs).reshape(-1, 2))  # fmt: skip
 
@@ -116,16 +106,14 @@ def relabelled(lists: Lists, kind: str, seed: int = 0) -> dict[str, tuple[torch.
     Raises:
         LookupError: for an unknown kind.
     """
-    known("map of a list", kind, ("predecessor", "copy", "permutation"))
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for name, (ids, pairs) in _by_name(lists).items():
-        pairs = torch.as_tensor(pairs)
-        if kind == "permutation":
-            pairs = torch.randperm(len(ids), generator=generator)[pairs]
-        else:
-            pairs = pairs.flip(1) if kind == "predecessor" else pairs[:, :1].expand(-1, 2)
-        found[name] = (ids, pairs)
-    return found
+    generator = torch.Generator().manual_seed(seed)
+    maps = {
+        "predecessor": lambda ids, pairs: pairs.flip(1),
+        "copy": lambda ids, pairs: pairs[:, :1].expand(-1, 2),
+        "permutation": lambda ids, pairs: torch.randperm(len(ids), generator=generator)[pairs],
+    }
+    turned = maps[known("map of a list", kind, maps)]
+    return {name: (ids, turned(ids, torch.as_tensor(pairs))) for name, (ids, pairs) in _by_name(lists).items()}
 
 
 def _by_name(lists: Lists) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -159,7 +147,7 @@ def checked(lists: Lists, with_input: bool) -> dict[str, tuple[torch.Tensor, tor
 
 
 def succession(model, which: str | Iterable[str] = "days", n: int | None = None, seed: int = 0, length: int = 4,
-               flipped: bool = False, corruption: str = "window") -> Task:  # fmt: skip
+               corruption: str = "window") -> Task:  # fmt: skip
     """`length` items of a list in order, separated by commas; the answer is the next one.
 
     Foils are the other items of the list (in a task of several lists, as many as the shortest allows, those
@@ -170,7 +158,6 @@ def succession(model, which: str | Iterable[str] = "days", n: int | None = None,
     Args:
         which: a key of `LISTS` or several. Prompts of a task are equally long, so digits may not mix with words.
         n: prompts, drawn by `seed`; None for every window there is.
-        flipped: with the case of each first letter flipped.
         corruption: "window" is another stretch of the same list with another successor; "shuffled" has other items of the
             list before the same last element, and nothing in it follows its predecessor.
 
@@ -180,27 +167,30 @@ def succession(model, which: str | Iterable[str] = "days", n: int | None = None,
     """
     known("corruption of succession", corruption, CORRUPTIONS)
     names, rng, dropped, windows = _names(which), np.random.default_rng(seed), [], []
+    listed = ", ".join(names) or "a list"
     if not 2 <= length < min((len(LISTS[name]) for name in names), default=0):
-        raise ValueError(f"succession: length={length}: at least 2, and fewer than the items of {', '.join(names) or 'a list'}")
+        raise ValueError(f"succession: length={length}: at least 2, and fewer than the items of {listed}")
     title = f"succession, {' and '.join(names)}"
     for name in names:
-        found, left = _windows(model, name, length, flipped)
+        found, left = _windows(model, name, length)
         windows, dropped = windows + found, dropped + left
-    commonest = Counter(w.tokens for w in windows).most_common(1)[0][0] if windows else 0
-    dropped += [(w.prompt, f"{w.tokens} tokens, most have {commonest}") for w in windows if w.tokens != commonest]
-    windows = [w for w in windows if w.tokens == commonest]
     if not windows:
         raise ValueError(f"{title}: no {length + 1} neighbours are one token each with this tokenizer")
+    lengths = [len(ids) for ids in model.tokenizer([w.prompt for w in windows]).input_ids]
+    size = mode(lengths)
+    dropped += [(w.prompt, f"{k} tokens, most have {size}") for w, k in zip(windows, lengths) if k != size]
+    windows = [w for w, k in zip(windows, lengths) if k == size]
     count(title, n, len(windows))
-    width, items = min(len(w.items) for w in windows) - 1, []
+    width, items = min(len(w.items) for w in windows), []
     for i in rng.permutation(len(windows))[:n]:
         w = windows[i]
-        twin = _other(rng, w, windows) if corruption == "window" else _shuffled(model, rng, w)
+        twin = _other(rng, w, windows) if corruption == "window" else _shuffled(model, rng, w, size)
         if twin is None:
             dropped.append((w.prompt, f"no twin of corruption {corruption!r}"))
         else:
-            items.append(Item(w.prompt, w.continuation(w.answer), w.foils(width), twin, w.roles))
-    return build(model, title, items, n, dropped)
+            (prompt, roles), (answer, *foils) = w.text(w.elements), w.options[:width]
+            items.append(Item(prompt, answer, tuple(foils), twin, roles))
+    return build(model, title, items, dropped)
 
 
 @dataclass(frozen=True)
@@ -212,40 +202,31 @@ class _Window:
     answer: int
     items: dict[int, str]
     gap: str
-    tokens: int = 0
 
-    def text(self, elements) -> str:
-        return ", ".join(self.items[i] for i in elements) + "," + self.gap
+    def text(self, elements: Iterable[int]) -> tuple[str, dict[str, tuple[int, int]]]:
+        """Some items as a prompt, and its roles."""
+        parts = {f"element {k}": self.items[i] for k, i in enumerate(elements, start=1)}
+        parts["last"] = parts.pop(f"element {len(parts)}")
+        return fill(", ".join(f"{{{role}}}" for role in parts) + "," + self.gap, **parts)
 
     @property
     def prompt(self) -> str:
-        return self.text(self.elements)
+        return self.text(self.elements)[0]
 
     @property
-    def roles(self) -> dict[str, tuple[int, int]]:
-        ends = np.cumsum([len(self.items[i]) + 2 for i in self.elements]) - 2
-        names = [f"element {k + 1}" for k in range(len(self.elements) - 1)] + ["last"]
-        return {role: (int(end) - len(self.items[i]), int(end)) for role, end, i in zip(names, ends, self.elements)}
-
-    def continuation(self, i: int) -> str:
-        """An item as it continues the prompt."""
-        return self.items[i] if self.gap else f" {self.items[i]}"
-
-    def foils(self, width: int) -> tuple[str, ...]:
-        others = sorted((i for i in self.items if i != self.answer), key=lambda i: (abs(i - self.answer), i))
-        return tuple(self.continuation(i) for i in others[:width])
+    def options(self) -> list[str]:
+        """The items of the list as they continue the prompt: the answer, then those nearest to it."""
+        near = sorted(self.items, key=lambda i: (abs(i - self.answer), i))
+        return [self.items[i] if self.gap else f" {self.items[i]}" for i in near]
 
 
-def _windows(model, name: str, length: int, flipped: bool) -> tuple[list[_Window], list[tuple[str, str]]]:
-    texts = [_form(item, "bare, case flipped" if flipped else "bare") for item in LISTS[name]]
-    (kept, dropped), gap = single(model, [f" {text}" for text in texts], ","), ""
-    if not kept and texts[0].isdigit():
-        (kept, dropped), gap = single(model, texts, ", "), " "
-    items = {i: text for i, text in enumerate(texts) if (text if gap else f" {text}") in kept}
-    starts = range(len(texts) if name in CYCLIC else len(texts) - length)
-    runs = [[(start + k) % len(texts) for k in range(length + 1)] for start in starts]
-    found = [_Window(name, tuple(run[:-1]), run[-1], items, gap) for run in runs if items.keys() >= set(run)]
-    return [replace(w, tokens=len(model.tokenizer(w.prompt).input_ids)) for w in found], dropped
+def _windows(model, name: str, length: int) -> tuple[list[_Window], list[tuple[str, str]]]:
+    whole = LISTS[name]
+    kept, gap, dropped = spaced(model, whole, ",")
+    items = {i: text for i, text in enumerate(whole) if text in kept}
+    starts = range(len(whole) if name in CYCLIC else len(whole) - length)
+    runs = [[(start + k) % len(whole) for k in range(length + 1)] for start in starts]
+    return [_Window(name, tuple(run[:-1]), run[-1], items, gap) for run in runs if items.keys() >= set(run)], dropped
 
 
 def _other(rng, window: _Window, windows: list[_Window]) -> str | None:
@@ -253,14 +234,15 @@ def _other(rng, window: _Window, windows: list[_Window]) -> str | None:
     return others[rng.integers(len(others))].prompt if others else None
 
 
-def _shuffled(model, rng, window: _Window, tries: int = 200) -> str | None:
+def _shuffled(model, rng, window: _Window, tokens: int) -> str | None:
     """Random items before the same last element; nothing follows its predecessor, and the answer is not there."""
     *before, last = window.elements
     size = len(LISTS[window.name])
     left = [i for i in window.items if i not in (last, window.answer)]
-    for _ in range(tries if len(left) >= len(before) else 0):
+    for _ in range(200 if len(left) >= len(before) else 0):
         order = [*rng.choice(left, len(before), replace=False).tolist(), last]
         in_order = any((a + 1) % size == b for a, b in zip(order, order[1:]))
-        if not in_order and len(model.tokenizer(window.text(order)).input_ids) == window.tokens:
-            return window.text(order)
+        text, _ = window.text(order)
+        if not in_order and len(model.tokenizer(text).input_ids) == tokens:
+            return text
     return None

@@ -10,13 +10,12 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from statistics import mode
 
 import numpy as np
 
 from heads.names import count, data, known
-from heads.tasks.base import Item, Task, build, pieces
-
-LABELS = ("right", "shuffled")
+from heads.tasks.base import Item, Task, build, fill, pieces
 
 
 @cache
@@ -50,7 +49,7 @@ def word_pairs(name: str, split: str | None = None) -> list[tuple[str, str]]:
 
 
 def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5, split: str | None = None, foils: int = 1,
-          labels: str = "right", seen: bool = False, partial: bool = False, instruction: bool = False) -> Task:  # fmt: skip
+          partial: bool = False) -> Task:  # fmt: skip
     """Examples of a word task and one more question.
 
     The twin asks for another word after the same examples; its answer is the first foil. Neither question is among the
@@ -63,35 +62,36 @@ def words(model, name: str, n: int | None = None, seed: int = 0, shots: int = 5,
         shots: examples, drawn anew for every prompt; 0 for the question alone.
         split: where questions come from, "train" or "test"; examples then come from "train". None mixes both.
         foils: how many; the others are answers of other questions.
-        labels: "shuffled" moves the examples' answers on by one, so that none is right.
-        seen: let examples have the answer, too: for tasks of few answers, such as continents.
         partial: ask also for answers of several tokens, by their first one, where no other answer of the task
             starts with it; examples all have answers of the commonest length. Most translations need it.
-        instruction: begin with a sentence that says what to do.
 
     Raises:
-        LookupError: for an unknown task, split or kind of labels.
+        LookupError: for an unknown task or split.
         ValueError: if this tokenizer leaves too few pairs.
     """
-    known("labels", labels, LABELS)
     title = f"words, {name}"
     usable, dropped = _usable(model, word_pairs(name), partial)
     to_ask, to_show = set(word_pairs(name, split)), set(word_pairs(name, "train" if split else None))
     asked, shown = ([pair for pair in usable if (pair.x, pair.y) in part] for part in (to_ask, to_show))
-    lengths = Counter(pair.tokens for pair in shown)
-    shown = [pair for pair in shown if pair.tokens == lengths.most_common(1)[0][0]]
+    commonest = mode(pair.tokens for pair in shown) if shown else 0
+    shown = [pair for pair in shown if pair.tokens == commonest]
     if not 0 <= shots <= len(shown) - 2 or len(asked) < 2:
         raise ValueError(
             f"{title}: this tokenizer leaves {len(asked)} pairs to ask and {len(shown)} to show, too few for {shots} "
             "examples" + ("" if partial else "; partial=True adds answers of several tokens")
         )
-    if labels == "shuffled" and shots < 2:
-        raise ValueError(f"{title}: labels of {shots} examples cannot be shuffled: give at least 2")
     count(title, n, None if shots else len(asked))
-    draw = _Draw(np.random.default_rng(seed), asked, shown, shots, foils, labels, seen,
-                 f"{_data()[name]['instruction']}\n\n" if instruction else "")  # fmt: skip
-    items, failed = draw.items(n)
-    task = build(model, title, items, n, dropped + failed)
+    rng, wanted, items = np.random.default_rng(seed), n or len(asked), {}
+    rounds = range(1 if n is None else 20 + wanted // len(asked))  # every word once before one comes again
+    for i in (i for _ in rounds for i in rng.permutation(len(asked))):
+        try:
+            item = _item(rng, asked[i], asked, shown, shots, foils)
+            items.setdefault(item.prompt, item)
+        except ValueError as reason:
+            dropped[f"{asked[i].x}: {asked[i].y}"] = str(reason)
+        if len(items) == wanted:
+            break
+    task = build(model, title, items.values(), dropped.items())
     if n is not None and len(task) < n:
         raise ValueError(f"{title}: {n} different prompts asked for, but only {len(task)} can be made: ask for fewer")
     return task
@@ -106,84 +106,48 @@ class _Pair:
     tokens: int
     piece: str
 
-    def __str__(self) -> str:
-        return f"{self.x}: {self.y}"
 
-
-def _usable(model, pairs, partial: bool) -> tuple[list[_Pair], list[tuple[str, str]]]:
-    """Pairs whose question is one token and whose answer can be told by one, and (pair, reason) of the others."""
-    cut, found, dropped = lambda lead, word: pieces(model.tokenizer, lead, f" {word}"), [], []
+def _usable(model, pairs, partial: bool) -> tuple[list[_Pair], dict[str, str]]:
+    """Pairs whose question is one token and whose answer can be told by one, and pair -> reason of the others."""
+    decode, found, dropped = model.tokenizer.decode, [], {}
+    cut = lambda lead, word: pieces(model.tokenizer, lead, f" {word}")
     answers = {y: cut("A:", y) for _, y in pairs}
     first = Counter(ids[0] for ids in answers.values())
     for x, y in pairs:
         asked, ids = len(cut("Q:", x)), answers[y]
-        if asked > 1:
-            dropped.append((f"{x}: {y}", f"the question is {asked} tokens"))
-        elif len(ids) > 1 and not partial:
-            dropped.append((f"{x}: {y}", f"the answer is {len(ids)} tokens"))
-        elif partial and first[ids[0]] > 1:
-            dropped.append((f"{x}: {y}", "another answer starts with the same token"))
-        elif cut("A:", model.tokenizer.decode(ids[:1])[1:]) != ids[:1]:  # part of an accented letter, for instance
-            dropped.append((f"{x}: {y}", "the answer's first token is no text of its own"))
+        piece = decode(ids[:1])
+        reasons = {
+            f"the question is {asked} tokens": asked > 1,
+            f"the answer is {len(ids)} tokens": len(ids) > 1 and not partial,
+            "another answer starts with the same token": partial and first[ids[0]] > 1,
+            # part of an accented letter, for instance
+            "the answer's first token is no text of its own": cut("A:", piece[1:]) != ids[:1],
+        }
+        if any(reasons.values()):
+            dropped[f"{x}: {y}"] = next(reason for reason, holds in reasons.items() if holds)
         else:
-            found.append(_Pair(x, y, len(ids), model.tokenizer.decode(ids[:1])))
+            found.append(_Pair(x, y, len(ids), piece))
     return found, dropped
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """How prompts of one task are drawn."""
-
-    rng: np.random.Generator
-    asked: list[_Pair]
-    shown: list[_Pair]
-    shots: int
-    foils: int
-    labels: str
-    seen: bool
-    head: str
-
-    def items(self, n: int | None) -> tuple[list[Item], list[tuple[str, str]]]:
-        """`n` different prompts, or fewer, and (pair, reason) of what failed; every word once before one comes again."""
-        found, failed, wanted = {}, {}, n or len(self.asked)
-        rounds = range(1 if n is None else 20 + wanted // len(self.asked))
-        for i in (i for _ in rounds for i in self.rng.permutation(len(self.asked))):
-            try:
-                item = self.item(self.asked[i])
-                found.setdefault(item.prompt, item)
-            except ValueError as reason:
-                failed[str(self.asked[i])] = str(reason)
-            if len(found) == wanted:
-                break
-        return list(found.values()), list(failed.items())
-
-    def item(self, query: _Pair) -> Item:
-        """A prompt for one question; ValueError where the pairs are too few for it."""
-        twins = [pair for pair in self.asked if pair.y != query.y]
-        if not twins:
-            raise ValueError("no other question has another answer")
-        twin = twins[self.rng.integers(len(twins))]
-        answers = {query.y, twin.y}
-        fit = [pair for pair in self.shown if pair.x not in {query.x, twin.x, *answers}]
-        fit = [pair for pair in fit if self.seen or pair.y not in answers]
-        if len(fit) < self.shots:
-            raise ValueError(f"{len(fit)} examples left that do not give the answer away, {self.shots} needed")
-        examples = [fit[k] for k in self.rng.choice(len(fit), self.shots, replace=False)]
-        others = sorted({pair.piece for pair in self.asked} - {query.piece, twin.piece})
-        if self.foils < 1 or len(others) < self.foils - 1:
-            raise ValueError(f"foils={self.foils}: between 1 and {len(others) + 1} answers can be foils")
-        more = self.rng.choice(others, self.foils - 1, replace=False).tolist() if self.foils > 1 else []
-        prompt, roles = self._text(query, examples)
-        return Item(prompt, query.piece, (twin.piece, *more), self._text(twin, examples)[0], roles)
-
-    def _text(self, query: _Pair, examples: list[_Pair]) -> tuple[str, dict[str, tuple[int, int]]]:
-        text, roles, answers = self.head, {}, [pair.y for pair in examples]
-        if self.labels == "shuffled":
-            answers = answers[1:] + answers[:1]
-        for k, (pair, answer) in enumerate(zip(examples, answers), start=1):
-            roles[f"example {k}"] = (len(text) + 3, len(text) + 3 + len(pair.x))
-            text += f"Q: {pair.x}\nA: "
-            roles[f"label {k}"] = (len(text), len(text) + len(answer))
-            text += f"{answer}\n\n"
-        roles["query"] = (len(text) + 3, len(text) + 3 + len(query.x))
-        return f"{text}Q: {query.x}\nA:", roles
+def _item(rng, query: _Pair, asked: list[_Pair], shown: list[_Pair], shots: int, foils: int) -> Item:
+    """A prompt for one question; ValueError where the pairs are too few for it."""
+    twins = [pair for pair in asked if pair.y != query.y]
+    if not twins:
+        raise ValueError("no other question has another answer")
+    twin = twins[rng.integers(len(twins))]
+    answers = {query.y, twin.y}
+    fit = [pair for pair in shown if pair.x not in {query.x, twin.x, *answers} and pair.y not in answers]
+    if len(fit) < shots:
+        raise ValueError(f"{len(fit)} examples left that do not give the answer away, {shots} needed")
+    examples = [fit[k] for k in rng.choice(len(fit), shots, replace=False)]
+    others = sorted({pair.piece for pair in asked} - {query.piece, twin.piece})
+    if not 1 <= foils <= len(others) + 1:
+        raise ValueError(f"foils={foils}: between 1 and {len(others) + 1} answers can be foils")
+    more = rng.choice(others, foils - 1, replace=False).tolist() if foils > 1 else []
+    template, parts = "Q: {query}\nA:", {}
+    for k in range(shots, 0, -1):
+        template = f"Q: {{example {k}}}\nA: {{label {k}}}\n\n{template}"
+        parts |= {f"example {k}": examples[k - 1].x, f"label {k}": examples[k - 1].y}
+    (prompt, roles), (corrupted, _) = (fill(template, query=pair.x, **parts) for pair in (query, twin))
+    return Item(prompt, query.piece, (twin.piece, *more), corrupted, roles)
