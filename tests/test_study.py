@@ -239,7 +239,7 @@ def digest(tree, tmp_path, monkeypatch):
     """The digest of the toy paper, over a copy of the package that a test may change."""
     copy = tmp_path / "package"
     shutil.copytree(Path(record.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(record, "__file__", str(copy / "course" / "record.py"))
+    monkeypatch.setattr(record, "PACKAGE", copy)
     (tree / "data" / "words.jsonl").write_text("one")
     return lambda: record.digest("toy-paper", MODULES, DATA)
 
