@@ -126,8 +126,7 @@ class HeadScores:
         known("method", method, ("pearson", "spearman"))
         if np.ptp(self.values) == 0 or np.ptp(other.values) == 0:
             raise ValueError("a table with one value for all heads has no correlation")
-        function = stats.pearsonr if method == "pearson" else stats.spearmanr
-        return float(function(self.values.ravel(), other.values.ravel())[0])
+        return float(getattr(stats, f"{method}r")(self.values.ravel(), other.values.ravel())[0])
 
     def heatmap(self, ax: Axes | None = None, **kwargs) -> Axes:
         """Draw the table, layer by head; keywords go to `heads.plot.heatmap`."""

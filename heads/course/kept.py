@@ -4,7 +4,7 @@
 
 The key is the SHA-256 of the function, its arguments, the weights, the code of heads and the versions of what decides a
 number, so that nothing has to be declared out of date. Files lie in the folder `kept` of the cache (`heads doctor` says
-how much it holds): a SHA-256, then JSON with arrays as safetensors, no pickle.
+how much it holds): a SHA-256, then JSON, in which numbers keep every bit; no pickle.
 """
 
 import inspect
@@ -12,7 +12,6 @@ import json
 import os
 import pkgutil
 import sys
-from base64 import b64decode, b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import load, save
 
 from heads.course import record
 from heads.model import zoo
@@ -71,8 +69,7 @@ def _bytes(value) -> bytes:
 def _plain(item) -> dict:
     """What JSON does not know, as a dict: an array, a model (to be recognised, never to be read), an object of heads."""
     if isinstance(item, (np.ndarray, torch.Tensor)):
-        tensor = torch.as_tensor(item).detach().cpu().contiguous()
-        return {"__array__": b64encode(save({"": tensor})).decode(), "numpy": isinstance(item, np.ndarray)}
+        return {"__array__": item.tolist(), "dtype": str(item.dtype), "shape": item.shape}
     if hasattr(item, "_module"):
         if item._edits:
             raise TypeError("heads.kept: an edited model has no name to keep a result by: call the function itself")
@@ -86,8 +83,10 @@ def _plain(item) -> dict:
 def _made(found: dict) -> Any:
     """The array or object that became this dict, or the dict itself."""
     if "__array__" in found:
-        tensor = load(b64decode(found["__array__"]))[""]
-        return tensor.numpy() if found["numpy"] else tensor
+        name = found["dtype"].removeprefix("torch.")  # of a tensor, else of numpy's
+        array = np.array if name == found["dtype"] else torch.tensor
+        dtype = name if array is np.array else getattr(torch, name)
+        return array(found["__array__"], dtype=dtype).reshape(found["shape"])
     if "__class__" in found:
         new = object.__new__(pkgutil.resolve_name(found["__class__"]))
         vars(new).update(found["state"])

@@ -244,6 +244,5 @@ def figures_folder(slug: str, values: dict) -> Path:
     """
     if preset_of(slug, values) == "default":
         return figures_root() / slug
-    if os.environ.get("HEADS_FIGURES"):
-        return figures_root() / run_name(slug, values)
-    return run_folder(slug, values) / "figures"
+    aside = os.environ.get("HEADS_FIGURES")
+    return figures_root() / run_name(slug, values) if aside else run_folder(slug, values) / "figures"

@@ -80,6 +80,7 @@ def code(slug: str) -> dict:
     has read, and one digest of them with the paper's entry and the code of its notebook (see `digest`)."""
     files = [Path(m.__file__) for n, m in list(sys.modules.items()) if n.startswith("heads.") and getattr(m, "__file__", None)]
     files = [path.relative_to(PACKAGE).as_posix() for path in files if path.stem not in ("__init__", "__main__", "cli")]
+    files += [path.name for path in PACKAGE.glob("*.mplstyle") if "heads.plot" in sys.modules]
     used = {"modules": sorted(files), "data": sorted(names.READ)}
     return {"sha256": digest(slug, **used), **used}
 
