@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 from collections import Counter
+from contextlib import suppress
 from typing import Annotated, Optional
 
 import typer
@@ -80,7 +81,8 @@ def info(slug: str) -> None:
     """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
     paper, record = papers.paper(slug), papers.result(slug)
     out.print(f"{paper.number} · {paper.title}", style="bold")
-    out.print(", ".join([*paper.authors, paper.venue or str(paper.year), *([f"arXiv {paper.arxiv}"] if paper.arxiv else [])]))
+    where = [paper.venue or str(paper.year)] + ([f"arXiv {paper.arxiv}"] if paper.arxiv else [])
+    out.print(", ".join([*paper.authors, *where]))
     out.print(f"\n{paper.question}\n")
     here = {claim["id"]: claim for claim in record["claims"]} if record else {}
     for claim in paper.claims:
@@ -136,10 +138,8 @@ def _assignment(text: str) -> tuple[str, object]:
     """name=value, the value a Python literal (1e-3, [1, 2], None) or else YAML ([a, b], true)."""
     name, equals, value = (part.strip() for part in text.partition("="))
     for parse in (ast.literal_eval, yaml.safe_load) if name and equals else ():
-        try:
+        with suppress(ValueError, SyntaxError, yaml.YAMLError):  # an unclosed bracket, say
             return name, parse(value)
-        except (ValueError, SyntaxError, yaml.YAMLError):
-            pass  # an unclosed bracket, say
     raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
 
 
@@ -209,7 +209,6 @@ def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = zoo.DEFAULT) -
 def doctor() -> None:
     """What works here: Python, libraries, GPU, models, disk, memory. Exit status 1 if something essential is missing."""
     import shutil
-    from contextlib import suppress
 
     import psutil
     from jupyter_client import kernelspec

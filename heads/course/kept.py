@@ -47,23 +47,19 @@ def kept(function: Callable, *args, **kwargs) -> Any:
         return function(*args, **kwargs)
     code = [path.read_text(encoding="utf-8") for path in sorted(record.PACKAGE.rglob("*.py"))]
     key = [function.__module__, function.__qualname__, code, record.versions(), bound.arguments]
-    path = folder / f"{function.__name__}-{sha256(_bytes(key)).hexdigest()[:32]}.kept"
+    key = sha256(json.dumps(key, default=_plain).encode()).hexdigest()
+    path = folder / f"{function.__name__}-{key[:32]}.kept"
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():
             digest, _, found = path.read_bytes().partition(b"\n")
             if digest == sha256(found).hexdigest().encode():
                 return json.loads(found, object_hook=_made)
             print(f"heads.kept: {path.name} is damaged and is computed again", file=sys.stderr)
-        result = function(*args, **kwargs)
-        found, aside = _bytes(result), path.with_suffix(".tmp")
+        result, aside = function(*args, **kwargs), path.with_suffix(".tmp")
+        found = json.dumps(result, default=_plain).encode()
         aside.write_bytes(sha256(found).hexdigest().encode() + b"\n" + found)
         os.replace(aside, path)
         return result
-
-
-def _bytes(value) -> bytes:
-    """A value as JSON; `_made` reads what `_plain` wrote."""
-    return json.dumps(value, default=_plain).encode()
 
 
 def _plain(item) -> dict:

@@ -164,8 +164,8 @@ def _declared(statement: ast.stmt) -> tuple[str, object]:
     raise SyntaxError("no literal", ("", statement.lineno, 0, ""))
 
 
-def check_parameters(slug: str, values: dict) -> None:
-    """Refuse what the notebook would not understand: {name: value} against its declarations.
+def check_parameters(slug: str, values: dict, complete: bool = False) -> None:
+    """Refuse what the notebook would not understand: {name: value} against its declarations, all of them if `complete`.
 
     An int passes for a float, a bool never for a number; a default of None takes anything; list
     elements must be like those of the default. Raises TypeError that names the parameter, what
@@ -177,18 +177,19 @@ def check_parameters(slug: str, values: dict) -> None:
             raise TypeError(f"{slug} has no parameter {name!r}{nearest(name, declared)} It has: {', '.join(declared)}.")
         default = declared[name].default
         if not _fits(value, default):
-            raise TypeError(f"parameter {name!r} of {slug} is a {_kind(default)} (default {default!r}), not {value!r}")
+            elements = sorted({type(d).__name__ for d in default}) if isinstance(default, (list, tuple)) else []
+            kind = f"list of {' or '.join(elements)}" if elements else type(default).__name__
+            raise TypeError(f"parameter {name!r} of {slug} is a {kind} (default {default!r}), not {value!r}")
+    if complete and (missing := [name for name in declared if name not in values]):
+        raise TypeError(
+            f"Study({slug!r}) lacks {', '.join(missing)}: pass every name of the notebook's parameters cell, by keyword"
+        )
 
 
 def _fits(value, default):
     if isinstance(default, (list, tuple)):
         return isinstance(value, (list, tuple)) and (not default or all(any(_fits(v, d) for d in default) for v in value))
     return default is None or type(value) in ((int, float) if type(default) is float else (type(default),))
-
-
-def _kind(default):
-    elements = sorted({type(d).__name__ for d in default}) if isinstance(default, (list, tuple)) else []
-    return f"list of {' or '.join(elements)}" if elements else type(default).__name__
 
 
 # ---- presets and the name of a run --------------------------------------------------------

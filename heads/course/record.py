@@ -20,7 +20,6 @@ import heads
 from heads import names, tasks
 from heads.course import papers
 
-
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -78,7 +77,8 @@ class Folder:
 def code(slug: str) -> dict:
     """What a paper's result rests on: the modules of heads that this process has imported, the files of data/ that it
     has read, and one digest of them with the paper's entry and the code of its notebook (see `digest`)."""
-    files = [Path(m.__file__) for n, m in list(sys.modules.items()) if n.startswith("heads.") and getattr(m, "__file__", None)]
+    imported = [m for name, m in list(sys.modules.items()) if name.startswith("heads.")]
+    files = [Path(module.__file__) for module in imported if getattr(module, "__file__", None)]
     files = [path.relative_to(PACKAGE).as_posix() for path in files if path.stem not in ("__init__", "__main__", "cli")]
     files += [path.name for path in PACKAGE.glob("*.mplstyle") if "heads.plot" in sys.modules]
     used = {"modules": sorted(files), "data": sorted(names.READ)}

@@ -99,8 +99,7 @@ def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
     except papermill.PapermillExecutionError as failed:
         raise RuntimeError(f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}") from None
     except DeadKernelError:
-        died = "the kernel died, most often for want of memory: try smaller sizes, or a smaller model"
-        raise RuntimeError(died) from None
+        raise RuntimeError("the kernel died, most often for want of memory: try smaller sizes or a smaller model") from None
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:

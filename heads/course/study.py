@@ -40,10 +40,8 @@ class Shown:
     def __init__(self, text: str, markdown: str | None = None, png: bytes | None = None):
         self._mimes = {"text/plain": text, "text/markdown": markdown, "image/png": png}
 
-    def __str__(self):
+    def __repr__(self):
         return self._mimes["text/plain"]
-
-    __repr__ = __str__
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {mime: data for mime, data in self._mimes.items() if data is not None}
@@ -64,7 +62,8 @@ class Study:
         self.paper = papers.paper(slug)
         self.parameters = parameters
         self.seed = parameters.get("seed", 0)
-        _check(slug, parameters)
+        if papers.notebook(slug).is_file():  # a planned paper takes any
+            papers.check_parameters(slug, parameters, complete=True)
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)
@@ -175,7 +174,7 @@ class Study:
 
     def _record(self, rows):
         """What result.json holds."""
-        found = {
+        return {
             "paper": self.paper.slug,
             "arxiv": self.paper.arxiv,
             "preset": self.preset,
@@ -190,8 +189,7 @@ class Study:
             "claims": rows,
             "scores": self._scores,
             "figures": list(self._figures.values()),
-        }
-        return found | ({"other_models": self._models[1:]} if self._models[1:] else {})
+        } | ({"other_models": self._models[1:]} if self._models[1:] else {})
 
 
 def plain(value: object, digits: int = 4) -> object:
@@ -210,17 +208,6 @@ def plain(value: object, digits: int = 4) -> object:
     if hasattr(value, "tolist"):
         return plain(value.tolist(), digits)
     raise TypeError(f"a result is a number, text, or a list or dict of them, not {type(value).__name__}")
-
-
-def _check(slug, parameters):
-    """The keywords are those of the parameters cell; a paper without a notebook takes any."""
-    if not papers.notebook(slug).is_file():
-        return
-    papers.check_parameters(slug, parameters)
-    if missing := [p.name for p in papers.parameters(slug) if p.name not in parameters]:
-        raise TypeError(
-            f"Study({slug!r}) lacks {', '.join(missing)}: pass every name of the notebook's parameters cell, by keyword"
-        )
 
 
 def _verdict(id, holds, partly):
