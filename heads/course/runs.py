@@ -54,8 +54,6 @@ def run(slug: str, preset: str | None = None, values: dict | None = None) -> Out
     chosen = plan(slug, preset, values)
     out, start = papers.run_folder(slug, chosen) / "notebook.ipynb", time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
-    cells = len(papers.code_cells(papers.notebook(slug)))
-    print(f"{slug}: {cells} cells, executed copy in {os.path.relpath(out)}", file=sys.stderr)
     try:
         _execute(papers.notebook(slug), out, parameters=chosen)
     except RuntimeError as failed:
@@ -88,6 +86,8 @@ def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
+    where = f"executed copy in {os.path.relpath(out)}" if out else "in a fresh kernel"
+    print(f"{source.stem}: {len(papers.code_cells(source))} cells, {where}", file=sys.stderr)
     own = str(Path(sys.prefix) / "share" / "jupyter")  # python3 is this interpreter, whatever lies in the user's home
     path = os.pathsep.join(filter(None, [own, os.environ.get("JUPYTER_PATH")]))
     try:
