@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 from collections import Counter
+from contextlib import suppress
 from typing import Annotated, Optional
 
 import typer
@@ -14,7 +15,7 @@ from heads.course import papers
 from heads.model import zoo
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def main() -> None:
@@ -29,9 +30,9 @@ def main() -> None:
 
 def verdicts(slug: str) -> str:
     """'5 hold, 1 fails' of the last default run, '' before it."""
-    counts, plural = Counter(papers.verdicts(slug).values()), {"holds": "hold", "fails": "fail"}
+    counts = Counter(papers.verdicts(slug).values())
     ordered = [(v, counts[v]) for v in ("holds", "partly", "fails", "not tested here") if v in counts]
-    return ", ".join(f"{n} {plural.get(v, v) if n > 1 else v}" for v, n in ordered)
+    return ", ".join(f"{n} {v.rstrip('s') if n > 1 else v}" for v, n in ordered)
 
 
 def papers_table() -> str:
@@ -71,35 +72,30 @@ def listing(width: int) -> list[str]:
         rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untested") or p.state))
     number, slug, title, found = (max(map(len, column)) for column in zip(*rows))
     title = max(8, min(title, width - number - slug - found - 6))
-    return [f"{n:>{number}}  {s:<{slug}}  {shortened(t, title):<{title}}  {v}".rstrip() for n, s, t, v in rows]
-
-
-def shortened(text: str, width: int) -> str:
-    """At most `width` characters, with an ellipsis where something was cut."""
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+    rows = [(n, s, t if len(t) <= title else t[: title - 1].rstrip() + "…", v) for n, s, t, v in rows]
+    return [f"{n:>{number}}  {s:<{slug}}  {t:<{title}}  {v}".rstrip() for n, s, t, v in rows]
 
 
 @app.command()
 def info(slug: str) -> None:
     """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
     paper, record = papers.paper(slug), papers.result(slug)
-    out.print(f"[bold]{paper.number} · {paper.title}[/bold]")
-    where = f"arXiv {paper.arxiv}" if paper.arxiv else ""
-    out.print(", ".join(filter(None, [", ".join(paper.authors), paper.venue or str(paper.year), where])), markup=False)
-    out.print(f"\n{paper.question}\n", markup=False)
+    out.print(f"{paper.number} · {paper.title}", style="bold")
+    where = [paper.venue or str(paper.year)] + ([f"arXiv {paper.arxiv}"] if paper.arxiv else [])
+    out.print(", ".join([*paper.authors, *where]))
+    out.print(f"\n{paper.question}\n")
     here = {claim["id"]: claim for claim in record["claims"]} if record else {}
     for claim in paper.claims:
-        out.print(f"{claim.id}  {claim.text}", markup=False)
-        out.print(f"    the paper: {claim.paper}" + (f" ({claim.where})" if claim.where else ""), markup=False)
-        out.print(f"    holds here if: {claim.holds}", markup=False)
+        where = f" ({claim.where})" if claim.where else ""
+        out.print(f"{claim.id}  {claim.text}\n    the paper: {claim.paper}{where}\n    holds here if: {claim.holds}")
         if claim.id in here:
-            out.print(f"    here: {papers.prose(here[claim.id]['measured'])}: {here[claim.id]['verdict']}", markup=False)
+            out.print(f"    here: {papers.prose(here[claim.id]['measured'])}: {here[claim.id]['verdict']}")
     if paper.state == "planned":
         out.print("\nPlanned: there is no notebook yet.")
         return
     out.print("\nParameters, for -p name=value:")
     for parameter in papers.parameters(slug):
-        out.print(f"  {parameter.name} = {parameter.default!r}  # {parameter.comment}", markup=False)
+        out.print(f"  {parameter.name} = {parameter.default!r}  # {parameter.comment}")
     out.print("Presets, for --preset: " + (", ".join(papers.presets(slug)) or "none"))
 
 
@@ -118,43 +114,32 @@ def run(
 
     if bool(slugs) == all_:
         raise ValueError("name the papers to run, or say --all (and not both)")
-    slugs = [paper.slug for paper in papers.papers() if paper.state == "ready"] if all_ else slugs
-    values = dict(_assignment(text) for text in p or [])
-    values |= {k: v for k, v in (("model", model), ("device", device)) if v is not None}
+    slugs = slugs or [paper.slug for paper in papers.papers() if paper.state == "ready"]
+    values = dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
     if refresh and (values or preset):
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
     for slug in slugs:  # all of them, before the first one starts
         runs.plan(slug, preset, values)
-    raise typer.Exit(sum(not _went_well(slug, preset, values, refresh) for slug in slugs))
-
-
-def _went_well(slug: str, preset: str | None, values: dict, refresh: bool) -> bool:
-    """Run one notebook, or renew the committed one, and say how it ended."""
-    from heads.course import runs
-
-    try:
-        if refresh:
-            print(f"{slug}: executing {papers.notebook(slug).name} in a fresh kernel", file=sys.stderr)
-            print(f"{slug}: renewed {runs.refresh(slug).name}")
-        else:
-            outcome = runs.run(slug, preset, values)
-            if not outcome.ok:
-                raise RuntimeError(outcome.error)
-            print(f"{slug}: {outcome.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in outcome.verdicts.items()))
-    except RuntimeError as error:
-        print(f"{slug}: failed: {error}", file=sys.stderr)
-        return False
-    return True
+    failed = 0
+    for slug in slugs:
+        try:
+            if refresh:
+                print(f"{slug}: renewed {runs.refresh(slug).name}")
+            else:
+                done = runs.run(slug, preset, values)
+                print(f"{slug}: {done.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in done.verdicts.items()))
+        except RuntimeError as error:
+            print(f"{slug}: failed: {error}", file=sys.stderr)
+            failed += 1
+    raise typer.Exit(failed)
 
 
 def _assignment(text: str) -> tuple[str, object]:
     """name=value, the value a Python literal (1e-3, [1, 2], None) or else YAML ([a, b], true)."""
     name, equals, value = (part.strip() for part in text.partition("="))
     for parse in (ast.literal_eval, yaml.safe_load) if name and equals else ():
-        try:
+        with suppress(ValueError, SyntaxError, yaml.YAMLError):  # an unclosed bracket, say
             return name, parse(value)
-        except (ValueError, SyntaxError, yaml.YAMLError):
-            pass  # an unclosed bracket, say
     raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
 
 
@@ -223,23 +208,27 @@ def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = zoo.DEFAULT) -
 @app.command()
 def doctor() -> None:
     """What works here: Python, libraries, GPU, models, disk, memory. Exit status 1 if something essential is missing."""
-    import platform
     import shutil
 
     import psutil
     from jupyter_client import kernelspec
 
-    from heads.course.record import pins
+    from heads.course import record
 
-    wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins() if found != pin]
+    with suppress(ImportError):  # or the line of libraries says so
+        import torch  # noqa: F401
+
+    pins, machine, versions = record.pins(), record.hardware(), record.versions()
+    wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins if found != pin]
     cache = zoo.home()
     kept = [path.stat().st_size for path in cache.glob("kept/*.kept")]
     probe = next(folder for folder in (cache, *cache.parents) if folder.exists())
     memory = psutil.virtual_memory()
+    gpu = machine["gpu"] or f"none: everything runs on {machine['threads']} CPU threads"
     rows = [
-        ("Python", platform.python_version()),
-        ("libraries", "as pinned" if not wrong else "; ".join(wrong)),
-        ("GPU", _gpu()),
+        ("Python", versions["python"]),
+        ("libraries", "; ".join(wrong) or "as pinned"),
+        ("GPU", f"{gpu} (torch {versions['torch']})"),
         ("models", ", ".join(f"{n} ({'in the cache' if zoo.cached(n) else 'not fetched'})" for n in zoo.ZOO)),
         ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
         ("kept", f"{sum(kept) / 2**20:.2f} MB of results that notebooks share ({len(kept)})"),
@@ -248,16 +237,5 @@ def doctor() -> None:
         ("papers", f"{sum(p.state == 'ready' for p in papers.papers())} ready of {len(papers.papers())}"),
     ]
     for name, value in rows:
-        out.print(f"{name:>10}  {value}", markup=False)
-    missing = [name for name, _, found in pins() if found is None]
-    raise typer.Exit(1 if missing else 0)
-
-
-def _gpu() -> str:
-    try:
-        import torch
-    except ImportError:
-        return "torch is missing"
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} (torch {torch.__version__})"
-    return f"none: everything runs on {torch.get_num_threads()} CPU threads (torch {torch.__version__})"
+        out.print(f"{name:>10}  {value}")
+    raise typer.Exit(any(found is None for _, _, found in pins))

@@ -35,40 +35,11 @@ FRAME = COLORS["green"]  # seen on every colour of both maps
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"  # both light at zero: most heads do nothing
 LARGEST = 120_000  # bytes of a picture that moves: it goes into a notebook, which may hold 300 kB
 
-RC = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#4D4D4D",
-    "axes.grid": True,
-    "axes.labelsize": 13,
-    "axes.prop_cycle": cycler(color=COLORS.values()),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 14,
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "figure.figsize": (7.0, 4.0),
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same glyphs everywhere
-    "font.size": 12,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "image.cmap": SEQUENTIAL,
-    "legend.fontsize": 12,
-    "legend.frameon": False,
-    "lines.linewidth": 2.2,
-    "lines.markersize": 6,
-    "savefig.dpi": 110,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "none",  # text stays text: small files, searchable
-    "svg.hashsalt": "heads",  # element ids would be random otherwise
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-}
-
 
 def style() -> None:
     """Apply the house style to matplotlib; `Study` calls it once."""
-    plt.rcParams.update(RC)
+    plt.style.use("heads.house")  # the style sheet house.mplstyle, beside this file
+    plt.rcParams.update({"axes.prop_cycle": cycler(color=COLORS.values()), "image.cmap": SEQUENTIAL})
 
 
 def heatmap(values: ArrayLike, ax: plt.Axes | None = None, *, label: str = "score", center: int | None = None,
@@ -93,8 +64,8 @@ def heatmap(values: ArrayLike, ax: plt.Axes | None = None, *, label: str = "scor
     if ax is None:
         height = min(max(2.2, 0.24 * layers + 1.0), 7.5)
         _, ax = plt.subplots(figsize=(min(max(4.0, 0.3 * heads + 2.2), 11.0), height))
-    cmap, limits = _scale(values, center, vmin, vmax)
-    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest", cmap=cmap, **limits)
+    cmap, (low, high) = _scale(values, center, vmin, vmax)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     for layer, head in highlight:
         if not (0 <= layer < layers and 0 <= head < heads):
             raise ValueError(f"head ({layer}, {head}) is outside a map of {layers} layers x {heads} heads")
@@ -111,13 +82,10 @@ def _scale(values, center, vmin, vmax):
     """The colour map and its limits: symmetric about zero as soon as a value is negative."""
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    if center == 0 or low < 0:
-        reach = max(abs(low if vmin is None else vmin), abs(high if vmax is None else vmax)) or 1.0
-        limits, name = {"vmin": -reach, "vmax": reach}, DIVERGING
-    else:
-        limits = {"vmin": 0.0 if vmin is None else vmin, "vmax": (high or 1.0) if vmax is None else vmax}
-        name = SEQUENTIAL
-    return plt.get_cmap(name).with_extremes(bad="#D9D9D9"), limits
+    diverges, top = center == 0 or low < 0, high if vmax is None else vmax
+    reach = max(abs(low if vmin is None else vmin), abs(top)) or 1.0
+    limits = (-reach, reach) if diverges else (vmin or 0.0, top or 1.0)
+    return plt.get_cmap(DIVERGING if diverges else SEQUENTIAL).with_extremes(bad="#D9D9D9"), limits
 
 
 def band(ax: plt.Axes, x: ArrayLike, samples: ArrayLike, label: str | None = None,
@@ -212,8 +180,7 @@ def _table(stem, data):
     """`stem`.csv in a list, or an empty list where there are no data."""
     if data is None:
         return []
-    frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(data)
-    table = stem.with_name(f"{stem.name}.csv")
+    frame, table = pd.DataFrame(data), stem.with_name(f"{stem.name}.csv")
     named = not isinstance(frame.index, pd.RangeIndex)
     frame.to_csv(table, index=named, float_format="%.6g", lineterminator="\n")
     return [table]

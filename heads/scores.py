@@ -126,8 +126,7 @@ class HeadScores:
         known("method", method, ("pearson", "spearman"))
         if np.ptp(self.values) == 0 or np.ptp(other.values) == 0:
             raise ValueError("a table with one value for all heads has no correlation")
-        function = stats.pearsonr if method == "pearson" else stats.spearmanr
-        return float(function(self.values.ravel(), other.values.ravel())[0])
+        return float(getattr(stats, f"{method}r")(self.values.ravel(), other.values.ravel())[0])
 
     def heatmap(self, ax: Axes | None = None, **kwargs) -> Axes:
         """Draw the table, layer by head; keywords go to `heads.plot.heatmap`."""
@@ -192,8 +191,7 @@ def random_heads(like: Iterable[Head], shape: tuple[int, int], match: str = "lay
     free = [(layer, head) for layer in range(shape[0]) for head in range(shape[1]) if (layer, head) not in barred]
     if len(free) < len(like):
         raise ValueError(f"{len(like)} random heads asked for, but only {len(free)} heads are not excluded")
-    wanted = Counter(layer for layer, _ in like)
-    available = Counter(layer for layer, _ in free)
+    wanted, available = (Counter(layer for layer, _ in some) for some in (like, free))
     if match == "layer" and (short := [layer for layer in wanted if wanted[layer] > available[layer]]):
         raise ValueError(
             f"layer {short[0]} has {available[short[0]]} heads left for a control of {wanted[short[0]]}: "
@@ -235,10 +233,8 @@ class Effects(HeadScores):
                  name: str = "change of logit difference", mlps: ArrayLike | None = None):  # fmt: skip
         self.samples, self.base, self.source, self.mlp_samples = map(_array, (samples, base, source, mlps))
         if self.samples.ndim != 3 or self.base.shape != self.samples.shape[:1]:
-            raise ValueError(
-                "effects are [prompt, layer, head] with a base for each prompt, "
-                f"got {self.samples.shape} and {self.base.shape}"
-            )
+            found = f"{self.samples.shape} and {self.base.shape}"
+            raise ValueError(f"effects are [prompt, layer, head] with a base for each prompt, got {found}")
         super().__init__(self.samples.mean(0), name)
 
     @property

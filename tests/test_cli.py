@@ -57,8 +57,12 @@ def test_the_real_list_fits_eighty_columns():
     assert max(map(len, cli.listing(80))) <= 80
 
 
-def test_titles_are_shortened_with_an_ellipsis():
-    assert cli.shortened("Low Rank Factorization", 9) == "Low Rank…" and cli.shortened("Low Rank", 8) == "Low Rank"
+def test_titles_are_shortened_with_an_ellipsis(tree, monkeypatch):
+    """Eight columns are left for a title: one of eight fits, a longer one is cut after a letter."""
+    monkeypatch.setattr(papers, "papers", lambda: [papers.Paper(*["x"] * 3, title, *["x"] * 7) for title in titles])
+    monkeypatch.setattr(cli, "verdicts", lambda slug: "")
+    titles = ["Low Rank", "Low Rank Factorization", "Longer than"]
+    assert [line[10:18].rstrip() for line in cli.listing(8)[1:]] == ["Low Rank", "Low Ran…", "Longer…"]
 
 
 def test_the_readme_table_links_what_is_ready(result):
@@ -136,7 +140,7 @@ def test_the_exit_status_counts_failures(tree):
     status, _, err = heads("run", "--all")
     assert status == 1
     status, _, err = heads("run", "--all", "--refresh")
-    assert status == 1 and "was left as it is: ZeroDivisionError" in err
+    assert status == 1 and "was left as it is: cell 2: ZeroDivisionError" in err
 
 
 def test_refresh_renews_the_committed_notebook(tree):

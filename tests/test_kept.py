@@ -98,7 +98,7 @@ def test_what_has_no_bytes_is_refused(llama):
 
 def test_other_code_or_another_version_is_no_hit(llama, cache, tmp_path, monkeypatch):
     (tmp_path / "package").mkdir()
-    monkeypatch.setattr(module, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(module.record, "PACKAGE", tmp_path / "package")
     for text in ("a = 1", "a = 2"):
         (tmp_path / "package" / "new.py").write_text(text)
         heads.kept(toy, llama)

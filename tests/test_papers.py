@@ -43,7 +43,7 @@ def test_outside_a_clone_the_error_says_what_to_do(tmp_path, monkeypatch):
 def test_parameters_are_those_that_papermill_sees(tree):
     declared = papers.parameters("toy-paper")
     assert {p.name: p.default for p in declared} == DEFAULTS
-    assert [p.type for p in declared] == ["int", "int", "float", "list", "bool", "NoneType"]
+    assert [type(p.default).__name__ for p in declared] == ["int", "int", "float", "list", "bool", "NoneType"]
     assert declared[0].comment == "where it all starts"
     seen = papermill.inspect_notebook(papers.notebook("toy-paper"))
     assert {name: eval(p["default"]) for name, p in seen.items()} == DEFAULTS

@@ -223,6 +223,7 @@ def test_the_record_is_complete(study, tree):
     assert result["versions"]["torch"] == torch.__version__ and result["seconds"] >= 0
     assert result["peak_memory_bytes"] > 2**20 and list(result["code"]) == ["sha256", "modules", "data"]
     assert len(result["code"]["sha256"]) == 64 and "course/study.py" in result["code"]["modules"]
+    assert "house.mplstyle" in result["code"]["modules"], "how figures look is part of a result"
 
 
 def test_the_record_names_no_host_user_or_path(study, tree):
@@ -231,7 +232,7 @@ def test_the_record_names_no_host_user_or_path(study, tree):
     assert str(tree) not in text and os.uname().nodename not in text and os.path.expanduser("~") not in text
 
 
-MODULES, DATA = ["lab/ablation.py", "lab/training.py", "names.py"], ["words.jsonl"]
+MODULES, DATA = ["house.mplstyle", "lab/ablation.py", "lab/training.py", "names.py"], ["words.jsonl"]
 
 
 @pytest.fixture
@@ -239,7 +240,7 @@ def digest(tree, tmp_path, monkeypatch):
     """The digest of the toy paper, over a copy of the package that a test may change."""
     copy = tmp_path / "package"
     shutil.copytree(Path(record.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(record, "__file__", str(copy / "course" / "record.py"))
+    monkeypatch.setattr(record, "PACKAGE", copy)
     (tree / "data" / "words.jsonl").write_text("one")
     return lambda: record.digest("toy-paper", MODULES, DATA)
 
@@ -264,6 +265,7 @@ def follow(what, tree, monkeypatch):
         "the parameters": lambda: rewritten(book, lambda cells: cells[1].update(source="seed = 1  # other")),
         "the paper's claims": lambda: catalogue.write_text(catalogue.read_text().replace("> 0.1", "> 0.2")),
         "a module that was imported": lambda: longer(copy / "lab" / "ablation.py"),
+        "the style sheet": lambda: longer(copy / "house.mplstyle"),
         "a module that is gone": lambda: (copy / "names.py").unlink(),
         "data that was read": lambda: (tree / "data" / "words.jsonl").write_text("two"),
         "a row that leads elsewhere now": lambda: monkeypatch.setitem(heads.HOMES, "ablate", ("heads.lab.new", "ablate")),
@@ -280,14 +282,14 @@ def follow(what, tree, monkeypatch):
 
 @pytest.mark.parametrize("what", [
     "a code cell", "the parameters", "the paper's claims", "a module that was imported", "a module that is gone",
-    "data that was read", "a row that leads elsewhere now", "a module's row that leads elsewhere now",
+    "data that was read", "the style sheet", "a row that leads elsewhere now", "a module's row that leads elsewhere now",
 ])  # fmt: skip
 def test_the_digest_follows_what_a_result_rests_on(digest, tree, monkeypatch, what):
-    papers._read.cache_clear(), papers._papers.cache_clear()
+    papers._read.cache_clear()
     before = digest()
     assert before == digest() and len(before) == 64
     follow(what, tree, monkeypatch)
-    papers._read.cache_clear(), papers._papers.cache_clear()
+    papers._read.cache_clear()
     assert digest() != before
 
 

@@ -4,26 +4,25 @@
 
 The key is the SHA-256 of the function, its arguments, the weights, the code of heads and the versions of what decides a
 number, so that nothing has to be declared out of date. Files lie in the folder `kept` of the cache (`heads doctor` says
-how much it holds): a SHA-256, then safetensors with arrays and JSON, no pickle.
+how much it holds): a SHA-256, then JSON, in which numbers keep every bit; no pickle.
 """
 
-import importlib
 import inspect
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from filelock import FileLock
 
 from heads.course import record
 from heads.model import zoo
-
-PACKAGE = Path(__file__).parents[1]
 
 
 def kept(function: Callable, *args, **kwargs) -> Any:
@@ -46,60 +45,46 @@ def kept(function: Callable, *args, **kwargs) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
     if os.environ.get("HEADS_CACHE") == "0" or not os.access(folder, os.W_OK):
         return function(*args, **kwargs)
-    code = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in sorted(PACKAGE.rglob("*.py"))]
+    code = [path.read_text(encoding="utf-8") for path in sorted(record.PACKAGE.rglob("*.py"))]
     key = [function.__module__, function.__qualname__, code, record.versions(), bound.arguments]
-    path = folder / f"{function.__name__}-{sha256(_bytes(key)).hexdigest()[:32]}.kept"
+    key = sha256(json.dumps(key, default=_plain).encode()).hexdigest()
+    path = folder / f"{function.__name__}-{key[:32]}.kept"
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():
-            digest, payload = (whole := path.read_bytes())[:32], whole[32:]
-            if sha256(payload).digest() == digest:
-                return _value(payload)
+            digest, _, found = path.read_bytes().partition(b"\n")
+            if digest == sha256(found).hexdigest().encode():
+                return json.loads(found, object_hook=_made)
             print(f"heads.kept: {path.name} is damaged and is computed again", file=sys.stderr)
-        result = function(*args, **kwargs)
-        payload, aside = _bytes(result), path.with_suffix(".tmp")
-        aside.write_bytes(sha256(payload).digest() + payload)
+        result, aside = function(*args, **kwargs), path.with_suffix(".tmp")
+        found = json.dumps(result, default=_plain).encode()
+        aside.write_bytes(sha256(found).hexdigest().encode() + b"\n" + found)
         os.replace(aside, path)
         return result
 
 
-def _bytes(value) -> bytes:
-    """A value as one safetensors file: its arrays, and JSON that says where each belongs."""
-    import numpy as np
-    import torch
-    from safetensors.torch import save
-
-    arrays = {}
-
-    def plain(item):
-        if isinstance(item, (np.ndarray, torch.Tensor)):
-            arrays[name := str(len(arrays))] = torch.as_tensor(item).detach().cpu().clone().contiguous()
-            return {"__array__": name, "numpy": isinstance(item, np.ndarray)}
-        if hasattr(item, "_module"):
-            if item._edits:
-                raise TypeError("heads.kept: an edited model has no name to keep a result by: call the function itself")
-            weights = [torch.hash_tensor(p).view(torch.int64).item() for p in item._module.parameters() if not p.is_meta]
-            return {"model": item.record, "weights": weights}  # what was loaded, and whether it was trained since
-        if type(item).__module__.startswith("heads."):
-            return {"__module__": type(item).__module__, "class": type(item).__qualname__, "state": vars(item)}
-        raise TypeError(f"heads.kept: {type(item).__name__} is no number, text, array, list, dict, model or object of heads")
-
-    text = json.dumps(value, default=plain).encode()
-    return save({**arrays, "json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+def _plain(item) -> dict:
+    """What JSON does not know, as a dict: an array, a model (to be recognised, never to be read), an object of heads."""
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return {"__array__": item.tolist(), "dtype": str(item.dtype), "shape": item.shape}
+    if hasattr(item, "_module"):
+        if item._edits:
+            raise TypeError("heads.kept: an edited model has no name to keep a result by: call the function itself")
+        weights = [torch.hash_tensor(p).view(torch.int64).item() for p in item._module.parameters() if not p.is_meta]
+        return {"model": item.record, "weights": weights}  # what was loaded, and whether it was trained since
+    if type(item).__module__.startswith("heads."):
+        return {"__class__": f"{type(item).__module__}:{type(item).__qualname__}", "state": vars(item)}
+    raise TypeError(f"heads.kept: {type(item).__name__} is no number, text, array, list, dict, model or object of heads")
 
 
-def _value(payload: bytes) -> Any:
-    """The value that became these bytes."""
-    from safetensors.torch import load
-
-    arrays = load(payload)
-
-    def made(found):
-        if "__array__" in found:
-            return arrays[found["__array__"]].numpy() if found["numpy"] else arrays[found["__array__"]]
-        if "__module__" in found:
-            new = object.__new__(getattr(importlib.import_module(found["__module__"]), found["class"]))
-            vars(new).update(found["state"])
-            return new
-        return found
-
-    return json.loads(arrays["json"].numpy().tobytes(), object_hook=made)
+def _made(found: dict) -> Any:
+    """The array or object that became this dict, or the dict itself."""
+    if "__array__" in found:
+        name = found["dtype"].removeprefix("torch.")  # of a tensor, else of numpy's
+        array = np.array if name == found["dtype"] else torch.tensor
+        dtype = name if array is np.array else getattr(torch, name)
+        return array(found["__array__"], dtype=dtype).reshape(found["shape"])
+    if "__class__" in found:
+        new = object.__new__(pkgutil.resolve_name(found["__class__"]))
+        vars(new).update(found["state"])
+        return new
+    return found

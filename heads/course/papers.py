@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tokenize
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +43,7 @@ class Paper:
     number: int
     part: int
     title: str
-    authors: tuple[str, ...]
+    authors: list[str]
     year: int
     arxiv: str | None
     venue: str | None
@@ -53,35 +54,28 @@ class Paper:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of a notebook's parameters cell; `type` is the name of the default's type."""
+    """One line of a notebook's parameters cell."""
 
     name: str
     default: object
-    type: str
     comment: str
 
 
 @lru_cache
 def _read(folder):
-    return yaml.load((folder / "data" / "papers.yaml").read_text(encoding="utf-8"), _Loader)
+    found = yaml.load((folder / "data" / "papers.yaml").read_text(encoding="utf-8"), _Loader)
+    made = [Paper(**entry | {"claims": tuple(Claim(**claim) for claim in entry["claims"])}) for entry in found["papers"]]
+    return found["parts"], made
 
 
 def parts() -> dict[int, str]:
     """The parts of the course: number -> title."""
-    return dict(_read(root())["parts"])
+    return dict(_read(root())[0])
 
 
 def papers() -> list[Paper]:
     """All papers, in the order of the course."""
-    return list(_papers(root()))
-
-
-@lru_cache
-def _papers(folder):
-    return tuple(
-        Paper(**{**entry, "authors": tuple(entry["authors"]), "claims": tuple(Claim(**c) for c in entry["claims"])})
-        for entry in _read(folder)["papers"]
-    )
+    return list(_read(root())[1])
 
 
 def paper(slug: str) -> Paper:
@@ -137,41 +131,41 @@ def parameters(slug: str) -> list[Parameter]:
     return parameters_in(path)
 
 
+def code_cells(path: Path) -> list[dict]:
+    """The code cells of the notebook file at `path`, as JSON has them."""
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+
+
 def parameters_in(path: Path) -> list[Parameter]:
     """The parameters that the notebook file at `path` declares; see `parameters`."""
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    tagged = [cell["source"] for cell in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{Path(path).name} has {len(tagged)} cells tagged 'parameters', expected exactly one")
-    source, found, line = "".join(tagged[0]["source"]), [], 0
     try:
-        statements = ast.parse(source).body
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        statements = ast.parse(tagged[0]).body
+        tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
         comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-        for statement in statements:
-            line = statement.lineno
-            name, default = _declared(statement)
-            found.append(Parameter(name, default, type(default).__name__, comments.get(statement.end_lineno, "")))
-    except (SyntaxError, ValueError, TypeError) as error:
-        line = getattr(error, "lineno", line)
-        text = source.splitlines()[line - 1].strip()
+        return [Parameter(*_declared(s), comments.get(s.end_lineno, "")) for s in statements]
+    except SyntaxError as error:
+        text = tagged[0].splitlines()[error.lineno - 1].strip()
         raise ValueError(
-            f"{Path(path).name}, parameters cell, line {line}: {text!r} is not `name = literal  # comment`"
+            f"{Path(path).name}, parameters cell, line {error.lineno}: {text!r} is not `name = literal  # comment`"
         ) from None
-    return found
 
 
 def _declared(statement: ast.stmt) -> tuple[str, object]:
-    """Name and value of `name = literal`. ValueError or TypeError for anything else: papermill would not see it."""
+    """Name and value of `name = literal`. SyntaxError for anything else: papermill would not see it."""
     match statement:
         # nor does it see `n: int | None = 3`, so an annotation is a single name
         case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name), ast.Name()):
-            return name, ast.literal_eval(statement.value)
-    raise ValueError
+            with suppress(ValueError, TypeError):
+                return name, ast.literal_eval(statement.value)
+    raise SyntaxError("no literal", ("", statement.lineno, 0, ""))
 
 
-def check_parameters(slug: str, values: dict) -> None:
-    """Refuse what the notebook would not understand: {name: value} against its declarations.
+def check_parameters(slug: str, values: dict, complete: bool = False) -> None:
+    """Refuse what the notebook would not understand: {name: value} against its declarations, all of them if `complete`.
 
     An int passes for a float, a bool never for a number; a default of None takes anything; list
     elements must be like those of the default. Raises TypeError that names the parameter, what
@@ -183,25 +177,19 @@ def check_parameters(slug: str, values: dict) -> None:
             raise TypeError(f"{slug} has no parameter {name!r}{nearest(name, declared)} It has: {', '.join(declared)}.")
         default = declared[name].default
         if not _fits(value, default):
-            raise TypeError(f"parameter {name!r} of {slug} is a {_kind(default)} (default {default!r}), not {value!r}")
+            elements = sorted({type(d).__name__ for d in default}) if isinstance(default, (list, tuple)) else []
+            kind = f"list of {' or '.join(elements)}" if elements else type(default).__name__
+            raise TypeError(f"parameter {name!r} of {slug} is a {kind} (default {default!r}), not {value!r}")
+    if complete and (missing := [name for name in declared if name not in values]):
+        raise TypeError(
+            f"Study({slug!r}) lacks {', '.join(missing)}: pass every name of the notebook's parameters cell, by keyword"
+        )
 
 
 def _fits(value, default):
-    if default is None:
-        return True
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(default, float):
-        return isinstance(value, (int, float))
     if isinstance(default, (list, tuple)):
         return isinstance(value, (list, tuple)) and (not default or all(any(_fits(v, d) for d in default) for v in value))
-    return isinstance(value, type(default))
-
-
-def _kind(default):
-    if isinstance(default, (list, tuple)) and default:
-        return f"list of {' or '.join(sorted({type(d).__name__ for d in default}))}"
-    return type(default).__name__
+    return default is None or type(value) in ((int, float) if type(default) is float else (type(default),))
 
 
 # ---- presets and the name of a run --------------------------------------------------------
@@ -226,10 +214,8 @@ def preset_of(slug: str, values: dict) -> str:
     """
     if not notebook(slug).is_file():
         return "default"
-    for name, changes in {"default": {}, **presets(slug)}.items():
-        if _complete(slug, changes) == _complete(slug, values):
-            return name
-    return "custom"
+    named, ours = {"default": {}, **presets(slug)}, _complete(slug, values)
+    return next((name for name, changes in named.items() if _complete(slug, changes) == ours), "custom")
 
 
 def _complete(slug, values):
@@ -259,6 +245,5 @@ def figures_folder(slug: str, values: dict) -> Path:
     """
     if preset_of(slug, values) == "default":
         return figures_root() / slug
-    if os.environ.get("HEADS_FIGURES"):
-        return figures_root() / run_name(slug, values)
-    return run_folder(slug, values) / "figures"
+    aside = os.environ.get("HEADS_FIGURES")
+    return figures_root() / run_name(slug, values) if aside else run_folder(slug, values) / "figures"

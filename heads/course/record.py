@@ -20,6 +20,8 @@ import heads
 from heads import names, tasks
 from heads.course import papers
 
+PACKAGE = Path(__file__).parents[1]
+
 
 class Folder:
     """A folder that is written aside (`work`) and takes its place by `publish()`, all or nothing.
@@ -50,35 +52,36 @@ class Folder:
                 self.target.rename(old)
             try:
                 new.rename(self.target)
-            except OSError:
-                if old.exists():
-                    old.rename(self.target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            finally:
+                self._settle()
 
     def _aside(self, suffix):
         return self.target.with_name(f".{self.target.name}.{suffix}")
 
     def _recover(self):
-        with self._lock:  # so no swap is under way, and an old folder is one that was not put back
-            for old in self.target.parent.glob(self._aside("old-*").name):
-                if not self.target.exists():
-                    old.rename(self.target)
-                shutil.rmtree(old, ignore_errors=True)
-            for kind in ("tmp", "new"):
-                for left in self.target.parent.glob(self._aside(f"{kind}-{self._machine}-*").name):
-                    process = int(left.name.rpartition("-")[2])
-                    if process == os.getpid() or not psutil.pid_exists(process):
-                        shutil.rmtree(left, ignore_errors=True)
+        with self._lock:  # so no swap is under way
+            self._settle()
+            for left in self.target.parent.glob(self._aside(f"*-{self._machine}-*").name):
+                process = int(left.name.rpartition("-")[2])
+                if process == os.getpid() or not psutil.pid_exists(process):
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _settle(self):
+        """Under the lock: an old folder goes, or goes back where nothing took its place."""
+        for old in self.target.parent.glob(self._aside("old-*").name):
+            if not self.target.exists():
+                old.rename(self.target)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def code(slug: str) -> dict:
     """What a paper's result rests on: the modules of heads that this process has imported, the files of data/ that it
     has read, and one digest of them with the paper's entry and the code of its notebook (see `digest`)."""
-    package = Path(__file__).parents[1]
-    files = [Path(m.__file__) for name, m in list(sys.modules.items()) if name.startswith("heads.") and getattr(m, "__file__", None)]
-    modules = sorted(path.relative_to(package).as_posix() for path in files if path.stem not in ("__init__", "__main__", "cli"))
-    used = {"modules": modules, "data": sorted(names.READ)}
+    imported = [m for name, m in list(sys.modules.items()) if name.startswith("heads.")]
+    files = [Path(module.__file__) for module in imported if getattr(module, "__file__", None)]
+    files = [path.relative_to(PACKAGE).as_posix() for path in files if path.stem not in ("__init__", "__main__", "cli")]
+    files += [path.name for path in PACKAGE.glob("*.mplstyle") if "heads.plot" in sys.modules]
+    used = {"modules": sorted(files), "data": sorted(names.READ)}
     return {"sha256": digest(slug, **used), **used}
 
 
@@ -88,21 +91,16 @@ def digest(slug: str, modules: list[str], data: list[str]) -> str:
     Outputs and prose do not enter, nor does any module that the notebook has not imported: adding a verb or editing
     another instrument leaves a result as current as it was.
     """
-    found, package = sha256(), Path(__file__).parents[1]
-    for path in [package / name for name in modules] + [names.root() / "data" / name for name in data]:
-        found.update(path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"gone") + b"\0")
-    rows = {}
-    for name, (home, what) in {**heads.HOMES, **tasks.HOMES}.items():
-        parts = home.split(".")[1:]
-        if {"/".join(parts) + ".py", "/".join([*parts, what]) + ".py"} & set(modules):  # a name in a module, or a module
-            rows[name] = (home, what)
-    found.update(json.dumps(rows, sort_keys=True).encode())
-    found.update(repr(papers.paper(slug).claims).encode())
-    if papers.notebook(slug).is_file():
-        for cell in json.loads(papers.notebook(slug).read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                found.update(b"\0" + "".join(cell["source"]).encode())
-    return found.hexdigest()
+    book, homes = papers.notebook(slug), {f"heads.{name[:-3]}".replace("/", ".") for name in modules}
+    paths = [*(PACKAGE / name for name in modules), *(names.root() / "data" / name for name in data)]
+    covered = [
+        [(path.name, path.read_text(encoding="utf-8") if path.is_file() else None) for path in paths],
+        # a façade's row is a name in a module, or a module
+        {name: row for name, row in {**heads.HOMES, **tasks.HOMES}.items() if homes & {row[0], ".".join(row)}},
+        repr(papers.paper(slug).claims),
+        [cell["source"] for cell in papers.code_cells(book)] if book.is_file() else [],
+    ]
+    return sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def current(slug: str, folder: str | Path | None = None) -> bool:
@@ -140,13 +138,12 @@ def pins() -> list[tuple[str, str, str | None]]:
 def hardware() -> dict:
     """The machine in words; no host, user or path."""
     torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {
         "system": platform.system(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
     }
 
 

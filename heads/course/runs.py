@@ -6,32 +6,26 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 from nbformat import NotebookNode
 
 from heads.course import papers
 
-KERNEL = "python3"  # of this interpreter's own environment: see `_own_kernel`
 VOLATILE = ("papermill", "execution", "collapsed", "scrolled")
-DIED = "the kernel died, most often for want of memory: try smaller sizes, or a smaller model"
 LARGEST = 300_000  # bytes of a committed notebook
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended; `verdicts` is {claim id: verdict}, `error` what to tell the user."""
+    """A run that went well: its seconds, the executed copy, and {claim id: verdict}."""
 
-    slug: str
-    ok: bool
     seconds: float
     notebook: Path
     verdicts: dict[str, str]
-    error: str = ""
 
 
 def plan(slug: str, preset: str | None = None, values: dict | None = None) -> dict:
@@ -54,28 +48,17 @@ def run(slug: str, preset: str | None = None, values: dict | None = None) -> Out
 
     The executed copy goes to runs/<run name>/notebook.ipynb; figures are replaced by the notebook's
     study.verdict(), which it reaches only if everything before went well.
-    """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
 
+    Raises what `plan` raises, and RuntimeError where a cell fails.
+    """
     chosen = plan(slug, preset, values)
-    source, folder = papers.notebook(slug), papers.run_folder(slug, chosen)
-    folder.mkdir(parents=True, exist_ok=True)
-    out, start, error = folder / "notebook.ipynb", time.monotonic(), ""
-    cells = sum(cell.cell_type == "code" for cell in nbformat.read(source, as_version=4).cells)
-    print(f"{slug}: {cells} cells, executed copy in {os.path.relpath(out)}", file=sys.stderr)
+    out, start = papers.run_folder(slug, chosen) / "notebook.ipynb", time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _own_kernel():
-            papermill.execute_notebook(
-                str(source), str(out), parameters=chosen, kernel_name=KERNEL, cwd=str(source.parent),
-                progress_bar=sys.stderr.isatty() and {"desc": slug}, log_output=False,
-            )  # fmt: skip
-    except papermill.PapermillExecutionError as failed:
-        error = f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}\nThe executed copy is {os.path.relpath(out)}"
-    except DeadKernelError:
-        error = f"{DIED}\nThe executed copy, up to there, is {os.path.relpath(out)}"
-    verdicts = {} if error else papers.verdicts(slug, papers.figures_folder(slug, chosen))
-    return Outcome(slug, not error, time.monotonic() - start, out, verdicts, error)
+        _execute(papers.notebook(slug), out, parameters=chosen)
+    except RuntimeError as failed:
+        raise RuntimeError(f"{failed}\nThe executed copy, up to there, is {os.path.relpath(out)}") from None
+    return Outcome(time.monotonic() - start, out, papers.verdicts(slug, papers.figures_folder(slug, chosen)))
 
 
 def refresh(slug: str) -> Path:
@@ -83,67 +66,49 @@ def refresh(slug: str) -> Path:
 
     Raises RuntimeError where a cell fails or the result is too large; the committed file is then as it was.
     """
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-
     path = papers.notebook(slug)
     papers.parameters(slug)
-    notebook = nbformat.read(path, as_version=4)
     try:
-        with _own_kernel():
-            client = NotebookClient(
-                notebook, kernel_name=KERNEL, timeout=None, resources={"metadata": {"path": str(path.parent)}}
-            )
-            client.execute(env=os.environ | {"HEADS_CACHE": "0"})  # what is committed was computed, and its seconds count
-    except CellExecutionError as failed:
-        raise RuntimeError(f"{path.name} was left as it is: {failed.ename}: {failed.evalue}") from None
-    except DeadKernelError:
-        raise RuntimeError(f"{path.name} was left as it is: {DIED}") from None
+        with patch.dict(os.environ, HEADS_CACHE="0"):  # what is committed was computed, and its seconds count
+            text = nbformat.writes(tidy(_execute(path, None))) + "\n"
+        if (size := len(text.encode())) > LARGEST:
+            raise RuntimeError(f"executed, {size // 1000} kB; 300 kB are allowed. Draw less")
+    except RuntimeError as failed:
+        raise RuntimeError(f"{path.name} was left as it is: {failed}") from None
     aside = path.with_suffix(".tmp")
-    nbformat.write(tidy(notebook), aside)
-    if (size := aside.stat().st_size) > LARGEST:
-        aside.unlink()
-        raise RuntimeError(f"{path.name} was left as it is: executed, {size // 1000} kB; 300 kB are allowed. Draw less")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
     return path
 
 
+def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
+    """The notebook as papermill executed it, beside its source. RuntimeError says which cell failed."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    where = f"executed copy in {os.path.relpath(out)}" if out else "in a fresh kernel"
+    print(f"{source.stem}: {len(papers.code_cells(source))} cells, {where}", file=sys.stderr)
+    own = str(Path(sys.prefix) / "share" / "jupyter")  # python3 is this interpreter, whatever lies in the user's home
+    path = os.pathsep.join(filter(None, [own, os.environ.get("JUPYTER_PATH")]))
+    try:
+        with patch.dict(os.environ, JUPYTER_PATH=path):
+            return papermill.execute_notebook(
+                source, out, cwd=source.parent, kernel_name="python3", coalesce_streams=True, log_output=False,
+                progress_bar=sys.stderr.isatty() and {"desc": source.stem}, **options,
+            )  # fmt: skip
+    except papermill.PapermillExecutionError as failed:
+        raise RuntimeError(f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}") from None
+    except DeadKernelError:
+        raise RuntimeError("the kernel died, most often for want of memory: try smaller sizes or a smaller model") from None
+
+
 def tidy(notebook: NotebookNode) -> NotebookNode:
-    """A notebook as it is committed: stable cell ids, no timings, no widget state, one stdout per cell."""
+    """A notebook as it is committed: stable cell ids, no timings, no widget state."""
     for number, cell in enumerate(notebook.cells):
         cell["id"] = hashlib.sha256(f"{number} {cell.source[:60]}".encode()).hexdigest()[:8]
-        for key in VOLATILE:
+        for key in VOLATILE if cell.metadata.get("tags") else (*VOLATILE, "tags"):  # papermill adds empty ones
             cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = _merged(cell.outputs)
-    for key in ("widgets", "papermill"):
-        notebook.metadata.pop(key, None)
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata["language_info"] = {"name": "python"}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     nbformat.validate(notebook)
     return notebook
-
-
-def _merged(outputs):
-    """Consecutive prints to one stream in one piece: where a kernel cuts them depends on the clock."""
-    kept = []
-    for output in outputs:
-        last = kept[-1] if kept else None
-        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
-            last.text += output.text
-        else:
-            kept.append(output)
-    return kept
-
-
-@contextmanager
-def _own_kernel() -> Iterator[None]:
-    """Make `python3` this interpreter: its own kernelspec before any in the user's home."""
-    before, own = os.environ.get("JUPYTER_PATH"), str(Path(sys.prefix) / "share" / "jupyter")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [own, before]))
-    try:
-        yield
-    finally:
-        del os.environ["JUPYTER_PATH"]
-        if before is not None:
-            os.environ["JUPYTER_PATH"] = before

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import torch
+from IPython import get_ipython
+from IPython.display import display
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
@@ -37,10 +40,8 @@ class Shown:
     def __init__(self, text: str, markdown: str | None = None, png: bytes | None = None):
         self._mimes = {"text/plain": text, "text/markdown": markdown, "image/png": png}
 
-    def __str__(self):
+    def __repr__(self):
         return self._mimes["text/plain"]
-
-    __repr__ = __str__
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {mime: data for mime, data in self._mimes.items() if data is not None}
@@ -61,8 +62,11 @@ class Study:
         self.paper = papers.paper(slug)
         self.parameters = parameters
         self.seed = parameters.get("seed", 0)
-        _check(slug, parameters)
-        _seed(self.seed)
+        if papers.notebook(slug).is_file():  # a planned paper takes any
+            papers.check_parameters(slug, parameters, complete=True)
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
         plot.style()
         self.preset = papers.preset_of(slug, parameters)
         self._output = record.Folder(papers.figures_folder(slug, parameters))
@@ -108,9 +112,8 @@ class Study:
         files = write(self._output.work / name)
         plot.plt.close(fig)
         self._figures[name] = {"name": name, "caption": caption, "files": [f.name for f in files]}
-        _display(Shown(f"<figure {name}>", png=files[0].read_bytes()))
-        if caption:
-            _display(Shown(caption, f"*{caption}*"))
+        if get_ipython():
+            display(Shown(f"<figure {name}>", png=files[0].read_bytes()), *[Shown(c, f"*{c}*") for c in [caption] if c])
 
     def scores(self, name: str, scores: HeadScores) -> None:
         """Keep a HeadScores, as data, in result.json under this name."""
@@ -133,12 +136,11 @@ class Study:
         verdict = _verdict(id, holds, partly)
         if verdict != "holds" and not why.strip():
             raise ValueError(f"claim {id}: a verdict of {verdict!r} needs why=, the reason in one sentence")
-        said = {"id": id, "text": claim.text, "paper": claim.paper}
-        self._claims[id] = row = {**said, "measured": plain(measured), "verdict": verdict, "why": why}
+        said, here = {"id": id, "text": claim.text, "paper": claim.paper}, plain(measured)
+        self._claims[id] = {**said, "measured": here, "verdict": verdict, "why": why}
         (self._timed.add if timed else self._timed.discard)(id)
-        here = prose(row["measured"])
-        markdown = f"**{id} {verdict}.** Here: {here}. The paper: {claim.paper}. {why}"
-        return Shown(f"{id} {verdict}: {here}", markdown.rstrip())
+        markdown = f"**{id} {verdict}.** Here: {prose(here)}. The paper: {claim.paper}. {why}"
+        return Shown(f"{id} {verdict}: {prose(here)}", markdown.rstrip())
 
     def summary(self) -> None:
         """Print one line for each claim, `C1 holds`, and nothing that differs between machines.
@@ -163,8 +165,7 @@ class Study:
         return Shown("\n".join(f"{r['id']} {r['verdict']}" for r in rows), _table(head, cells))
 
     def _judged(self):
-        missing = [c.id for c in self.paper.claims if c.id not in self._claims]
-        if missing:
+        if missing := [c.id for c in self.paper.claims if c.id not in self._claims]:
             raise ValueError(
                 f"{self.paper.slug}: no verdict on {', '.join(missing)}. Judge each claim with study.claim(id, ...); "
                 "holds=None says that it was not tested here."
@@ -173,7 +174,7 @@ class Study:
 
     def _record(self, rows):
         """What result.json holds."""
-        found = {
+        return {
             "paper": self.paper.slug,
             "arxiv": self.paper.arxiv,
             "preset": self.preset,
@@ -188,8 +189,7 @@ class Study:
             "claims": rows,
             "scores": self._scores,
             "figures": list(self._figures.values()),
-        }
-        return found | ({"other_models": self._models[1:]} if self._models[1:] else {})
+        } | ({"other_models": self._models[1:]} if self._models[1:] else {})
 
 
 def plain(value: object, digits: int = 4) -> object:
@@ -210,26 +210,6 @@ def plain(value: object, digits: int = 4) -> object:
     raise TypeError(f"a result is a number, text, or a list or dict of them, not {type(value).__name__}")
 
 
-def _check(slug, parameters):
-    """The keywords are those of the parameters cell; a paper without a notebook takes any."""
-    if not papers.notebook(slug).is_file():
-        return
-    papers.check_parameters(slug, parameters)
-    missing = [p.name for p in papers.parameters(slug) if p.name not in parameters]
-    if missing:
-        raise TypeError(
-            f"Study({slug!r}) lacks {', '.join(missing)}: pass every name of the notebook's parameters cell, by keyword"
-        )
-
-
-def _seed(seed):
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _verdict(id, holds, partly):
     for name, value in (("holds", holds), ("partly", partly)):
         if not isinstance(value, (bool, np.bool_)) and not (name == "holds" and value is None):
@@ -243,11 +223,3 @@ def _table(head, rows):
     """A Markdown table; a bar inside a cell, as in |r|, is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
-
-
-def _display(shown):
-    from IPython import get_ipython
-    from IPython.display import display
-
-    if get_ipython():
-        display(shown)
