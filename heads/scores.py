@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -128,7 +128,7 @@ class HeadScores:
             raise ValueError("a table with one value for all heads has no correlation")
         return float(getattr(stats, f"{method}r")(self.values.ravel(), other.values.ravel())[0])
 
-    def heatmap(self, ax: Axes | None = None, **kwargs) -> Axes:
+    def heatmap(self, ax: Axes | None = None, **kwargs: Any) -> Axes:
         """Draw the table, layer by head; keywords go to `heads.plot.heatmap`."""
         from heads import plot
 

@@ -51,9 +51,9 @@ def test_unknown_names_are_refused_before_anything_is_loaded(name, words, monkey
     "arguments, error, words",
     [
         (dict(device="gpu"), ValueError, "device='gpu': expected 'auto'"),
-        (dict(dtype="float12"), ValueError, "dtype='float12': expected 'auto'"),
-        (dict(dtype="int8"), ValueError, "dtype='int8': expected 'auto'"),
-        (dict(dtype="nn"), ValueError, "dtype='nn': expected 'auto'"),
+        (dict(dtype="float12"), LookupError, "no dtype 'float12'. Did you mean 'float32' or 'float16'. Known: auto, float32"),
+        (dict(dtype="int8"), LookupError, "no dtype 'int8'"),
+        (dict(dtype="nn"), LookupError, "no dtype 'nn'. Known: auto"),
         (dict(where="moon"), LookupError, "no place to run 'moon'. Known: local, remote"),
     ],
 )

@@ -25,7 +25,7 @@ from heads.course import record
 from heads.model import zoo
 
 
-def kept(function: Callable, *args, **kwargs) -> Any:
+def kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, or what it returned before for the same arguments, weights and code.
 
     HEADS_CACHE=0 computes always: `make test` and `make refresh` believe nothing that was kept. So does a cache folder

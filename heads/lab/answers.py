@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import nnsight
 import torch
@@ -202,7 +203,7 @@ def _scores(model, items: Sequence[Example]) -> list[AnswerScore]:
     return read(logits, targets[:, -keep:]).split([len(item.answer) for item in items])
 
 
-def fed(rows: Sequence[Sequence[int]], prompts: Sequence[int], device) -> tuple[dict, torch.Tensor]:
+def fed(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device) -> tuple[dict, torch.Tensor]:
     """What a model is given to predict rows of token ids, and the token that should follow at each `[row, position]`.
 
     Rows are padded on the right, with an attention mask, so that position 0 is every row's first token. The last
@@ -244,7 +245,7 @@ def _parts(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.
         yield from ((logits[part], gold[part]) for part in at.split(CHUNK))
 
 
-def logits_of(model, **inputs) -> torch.Tensor:
+def logits_of(model, **inputs: Any) -> torch.Tensor:
     """Logits of a loaded model with its edits, or of any module that is called like one of transformers."""
     if isinstance(model, torch.nn.Module):
         return model(**inputs).logits

@@ -32,6 +32,8 @@ HALF = re.compile("[\ud800-\udfff]")
 
 _json = json.JSONEncoder(ensure_ascii=False).encode
 
+Source = str | Path | Iterable  # a JSON Lines file, or texts and mappings
+
 
 @dataclass
 class Summary:
@@ -59,7 +61,7 @@ class Summary:
         return f"{self.read} documents: {self.scored} scored{split}, {lost} skipped{why}; {self.tokens:,} tokens"
 
 
-def score_documents(model, documents, out, conditions: Mapping, kind: str = "zero", *, text: str = "text",
+def score_documents(model, documents: Source, out: str | Path, conditions: Mapping, kind: str = "zero", *, text: str = "text",
                     length: int | None = None, tokens: int = 4096, window: int = 8192, shard: tuple[int, int] = (0, 1),
                     progress: bool = True) -> Summary:  # fmt: skip
     """Mean loss per token of every document under every condition, as JSON Lines.
@@ -120,7 +122,7 @@ def score_documents(model, documents, out, conditions: Mapping, kind: str = "zer
     return summary
 
 
-def source_of(documents, out) -> Path | None:
+def source_of(documents: Source, out: str | Path) -> Path | None:
     """The path of the documents, None if they are no file, once it can be read from and `out` written to."""
     source, out = Path(documents) if isinstance(documents, (str, Path)) else None, Path(out)
     if source is not None and not source.is_file():

@@ -112,34 +112,28 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     if route.receivers:
         top = route.layers[0] if scan == "earliest" else route.layers[-1]
     kinds = [*range(model.anatomy.n_heads), *([MLP] if mlp_senders else [])]
-    sets = [((layer, head),) for layer in range(top) for head in kinds if (layer, head) not in route.receivers]
-    if not sets:
+    senders = [(layer, head) for layer in range(top) for head in kinds if (layer, head) not in route.receivers]
+    if not senders:
         raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
-    base, source, samples = _patched(model, task, sets, route, named(metric), engine, batch, tokens, progress)
-    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads + 1)  # the last column is the MLPs'
-    for row, ((layer, head),) in enumerate(sets):
-        table[:, layer, -1 if head == MLP else head] = samples[row]
-    mlps = table[..., -1] if mlp_senders else None
-    return Effects(table[..., :-1], base, source, f"change of {named(metric).name}", mlps=mlps)
-
-
-def _patched(model, task, sets, route, metric, engine, batch, tokens, progress):
-    """(base `[prompt]`, source `[prompt]`, change `[set, prompt]`) of the metric, whichever engine."""
-    found = []
-    bar = tqdm(total=len(task) * len(sets), desc="path patching", unit="path", disable=None if progress else True)
+    read, found = named(metric), []
+    bar = tqdm(total=len(task) * len(senders), desc="path patching", unit="path", disable=None if progress else True)
     for part in task.batches(batch):
         try:
             run = literal if engine == "literal" else fast
-            found.append(run(model, part, sets, route, metric, tokens, bar))
+            found.append(run(model, part, senders, route, read, tokens, bar))
         except ReplayError as error:
             if engine == "fast":
                 raise
             tqdm.write(f"{error}; this takes longer")
             engine = "literal"
-            found.append(literal(model, part, sets, route, metric, tokens, bar))
+            found.append(literal(model, part, senders, route, read, tokens, bar))
     bar.close()
-    base, source, values = ([x[k] for x in found] for k in range(3))
-    return torch.cat(base), torch.cat(source), torch.cat(values, -1).float().cpu()
+    base, source, values = (torch.cat([x[k] for x in found], -1).float().cpu() for k in range(3))
+    table = torch.zeros(len(task), model.anatomy.n_layers, model.anatomy.n_heads + 1)  # the last column is the MLPs'
+    for (layer, head), change in zip(senders, values):
+        table[:, layer, -1 if head == MLP else head] = change
+    mlps = table[..., -1] if mlp_senders else None
+    return Effects(table[..., :-1], base, source, f"change of {read.name}", mlps=mlps)
 
 
 # ---- the fast engine ----------------------------------------------------------------------
@@ -162,58 +156,57 @@ class Columns:
         self.change = [b - a for a, b in zip(pick(clean.z), pick(source.z))]  # z' - z, [prompt, head, d_head]
         self.other_mlp = pick(source.mlp)
 
-    def attention_output(self, layer: int, sets: list) -> torch.Tensor:
-        """What the layer's attention puts out for each set of senders, `[set, prompt, d_model]`."""
+    def attention_output(self, layer: int, senders: list) -> torch.Tensor:
+        """What the layer's attention puts out for each sender, `[sender, prompt, d_model]`."""
         anatomy = self.clean.model.anatomy
         weight = output_projection(self.clean.model, layer).view(anatomy.n_heads, anatomy.d_head, -1)
-        out = self.attn[layer].expand(len(sets), *self.attn[layer].shape).clone()
-        for row, senders in enumerate(sets):
-            for at, head in senders:
-                if at == layer and head != MLP:
-                    out[row] += self.change[layer][:, head] @ weight[head]
+        out = self.attn[layer].expand(len(senders), *self.attn[layer].shape).clone()
+        for row, (at, head) in enumerate(senders):
+            if at == layer and head != MLP:
+                out[row] += self.change[layer][:, head] @ weight[head]
         return out
 
-    def climb(self, sets: list, top: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Pass C for many sets of senders, sorted by their lowest layer.
+    def climb(self, senders: list, top: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Pass C for many senders, sorted by layer.
 
         Returns:
-            The column leaving layer `top` - 1, `[set * prompt, d_model]`, and for each receiver layer what C reads:
-            `[set, prompt, unit, d_head]` for the sets that start below it (they come first).
+            The column leaving layer `top` - 1, `[sender * prompt, d_model]`, and for each receiver layer what C reads:
+            `[sender, prompt, unit, d_head]` for the senders below it (they come first).
         """
-        starts = [min(layer for layer, _ in senders) for senders in sets]
+        starts = [layer for layer, _ in senders]
         n, hidden, inputs = len(self.at), self.resid[0][:0, None], {}
         for i in range(starts[0], top):
             new = starts.count(i)
             hidden = torch.cat([hidden.to(self.resid[i].device), self.resid[i].repeat(new, 1)[:, None]])
             if i in self.route.layers and len(hidden) > new * n:
                 inputs[i] = self._receive(i, hidden[: len(hidden) - new * n])
-            hidden = self._layer(i, hidden, sets[: len(hidden) // n])
+            hidden = self._layer(i, hidden, senders[: len(hidden) // n])
         if top in self.route.layers:
             inputs[top] = self._receive(top, hidden)
         return hidden[:, 0], inputs
 
-    def _layer(self, i: int, hidden: torch.Tensor, sets: list) -> torch.Tensor:
-        """One layer with its attention held at what `sets` make of it; MLP recomputed or held."""
+    def _layer(self, i: int, hidden: torch.Tensor, senders: list) -> torch.Tensor:
+        """One layer with its attention held at what each sender makes of it; MLP recomputed or held."""
         layer = self.clean.model.layers[i]
-        attn = self.attention_output(i, sets).flatten(0, 1)[:, None]
-        senders = [row for row, chosen in enumerate(sets) if (i, MLP) in chosen]
+        attn = self.attention_output(i, senders).flatten(0, 1)[:, None]
+        own = [row for row, sender in enumerate(senders) if sender == (i, MLP)]
 
         def put(out):
-            out = out.view(len(sets), *self.mlp[i].shape).clone()
-            out[senders] = self.other_mlp[i]
+            out = out.view(len(senders), *self.mlp[i].shape).clone()
+            out[own] = self.other_mlp[i]
             return out.view(attn.shape)
 
         with ExitStack() as stack:
             stack.enter_context(swapped(layer.attn._module, lambda *args, **kwargs: (attn, None)))
             if self.route.mlps == "freeze":
-                held = put(self.mlp[i].repeat(len(sets), 1))
+                held = put(self.mlp[i].repeat(len(senders), 1))
                 stack.enter_context(swapped(layer.mlp._module, lambda *args, **kwargs: held))
-            elif senders:
+            elif own:
                 stack.enter_context(hooked((layer.mlp._module.register_forward_hook, lambda m, a, out: put(out), {})))
             return self.clean.layer(i, hidden, {})
 
     def _receive(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The receivers' queries, keys or values in a column: `[set, prompt, unit, d_head]`."""
+        """The receivers' queries, keys or values in a column: `[sender, prompt, unit, d_head]`."""
         component, units, kept = COMPONENTS.index(self.route.component), self.route.units(self.clean.model, i), []
 
         def keep(*qkv):
@@ -231,7 +224,7 @@ class Columns:
         raise ReplayError(f"layer {i} never called its attention")
 
 
-def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
+def fast(model, part: Task, senders: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
     """The column engine for one batch of prompts."""
     positions = part.roles[route.position]
     start = int(positions.min())
@@ -240,32 +233,29 @@ def fast(model, part: Task, sets: list, route: Route, metric: Metric, tokens: in
     columns = metric.columns(part)
     reference = metric.pick(clean.logits, part)
     base = metric(reference, part, reference).cpu()
-    order = sorted(range(len(sets)), key=lambda k: min(layer for layer, _ in sets[k]))
-    column = Columns(clean, source, (positions - start).to(model.device), route)
-    values = torch.empty(len(sets), len(part))
-    for group in chunks(order, room(model, 1, len(part), tokens)):
-        chosen = [sets[k] for k in group]
+    column, values = Columns(clean, source, (positions - start).to(model.device), route), []
+    for chosen in chunks(senders, room(model, 1, len(part), tokens)):
         if route.receivers:
-            hidden = _receive_and_run(clean, column, column.climb(chosen, route.layers[-1])[1], len(group), route, tokens)
+            hidden = _receive_and_run(clean, column, column.climb(chosen, route.layers[-1])[1], len(chosen), route, tokens)
         else:
             hidden = column.climb(chosen, model.anatomy.n_layers)[0]
-        values[group] = metric(clean.read(hidden, columns), part, reference).cpu() - base
-        bar.update(len(group) * len(part))
-    return base, metric(metric.pick(source.logits, part), part, reference).cpu(), values
+        values.append(metric(clean.read(hidden, columns), part, reference).cpu() - base)
+        bar.update(len(chosen) * len(part))
+    return base, metric(metric.pick(source.logits, part), part, reference).cpu(), torch.cat(values)
 
 
 def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route: Route, tokens) -> torch.Tensor:
-    """Pass D: from the first receiver layer up, with the receivers' inputs forced. `[set * prompt, d_model]` at END."""
+    """Pass D: from the first receiver layer up, with the receivers' inputs forced. `[sender * prompt, d_model]` at END."""
     first, last, which = route.layers[0], clean.n_layers, COMPONENTS.index(route.component)
     prompts, found = torch.arange(clean.n_prompts, device=column.at.device), []
 
     def forcing(i: int, forced: torch.Tensor) -> Callable:
-        """Put `forced`, `[set, prompt, unit, d_head]`, into its first rows."""
+        """Put `forced`, `[sender, prompt, unit, d_head]`, into its first rows."""
         units = torch.tensor(route.units(clean.model, i), device=column.at.device)
 
         def edit(*qkv):
             x = qkv[which].clone()
-            rows = x.view(-1, clean.n_prompts, *x.shape[1:])[: len(forced)]  # [set, prompt, unit, position, d_head]
+            rows = x.view(-1, clean.n_prompts, *x.shape[1:])[: len(forced)]  # [sender, prompt, unit, position, d_head]
             rows[:, prompts[:, None], units[None], column.at[:, None]] = forced
             return (*qkv[:which], x, *qkv[which + 1 :])
 
@@ -284,21 +274,20 @@ def _receive_and_run(clean: Replay, column: Columns, inputs: dict, n: int, route
 # ---- the literal engine -------------------------------------------------------------------
 
 
-def literal(model, part: Task, sets: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
-    """Passes A to D as they are defined, one set of senders at a time, through nnsight: the oracle."""
+def literal(model, part: Task, senders: list, route: Route, metric: Metric, tokens: int | None, bar: tqdm) -> Values:
+    """Passes A to D as they are defined, one sender at a time, through nnsight: the oracle."""
     ids, rows, at = part.ids.to(model.device), torch.arange(len(part)), part.roles[route.position]
     z_source, mlp_source, logits_source = activations(model, part.corrupted)
     z_base, mlp_base, logits_base = activations(model, ids)
     reference = metric.pick(logits_base, part)
     base, values = metric(reference, part, reference).cpu(), []
-    for senders in sets:
+    for layer, head in senders:
         z, m = [x.clone() for x in z_base], [x.clone() for x in mlp_base]
-        for layer, head in senders:
-            if head == MLP:
-                m[layer][rows, at] = mlp_source[layer][rows, at]
-            else:
-                z[layer][rows, at, head] = z_source[layer][rows, at, head]
-        held = range(model.anatomy.n_layers) if route.mlps == "freeze" else [layer for layer, head in senders if head == MLP]
+        if head == MLP:
+            m[layer][rows, at] = mlp_source[layer][rows, at]
+        else:
+            z[layer][rows, at, head] = z_source[layer][rows, at, head]
+        held = range(model.anatomy.n_layers) if route.mlps == "freeze" else [layer] if head == MLP else []
         logits = _pass_c(model, ids, z, m, held, route, rows, at)
         values.append(metric(metric.pick(logits, part), part, reference).cpu() - base)
         bar.update(len(part))

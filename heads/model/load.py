@@ -93,12 +93,12 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """The type of weights: "auto" is bfloat16 on a GPU, float32 elsewhere. ValueError for what is no such type."""
+    """The type of weights: "auto" is bfloat16 on a GPU, float32 elsewhere. LookupError for what is no such type."""
     if dtype == "auto":
         return torch.bfloat16 if device == "spread" or device.startswith("cuda") else torch.float32
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
+        known("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
     return found
 
 
