@@ -22,7 +22,8 @@ from toys import toy_notebook
 from heads.course import papers, record, runs
 from tests import notebooks
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 INSTALLS = re.compile(r"^\s*[!%]|pip3? install|conda install|\binput\(|git clone", re.MULTILINE)
 LOCAL_PATH = re.compile(r"(?<![\w.])/(work|home|root|tmp|Users)/|[A-Z]:\\\\?Users")
 
@@ -179,8 +180,15 @@ def test_a_committed_result_is_of_this_code(slug):
     assert record.current(slug), f"figures/{slug} is not of this code: run make refresh PAPER={slug}"
 
 
-def over_budget(seconds):
-    """What is wrong with the seconds of `{slug: default run}`: the budget of a machine with two cores."""
+# Seconds of the yardstick (tests/benchmarks/yardstick.py) on the machine for which the budget was set. It was derived: on a
+# slower machine of the same kind it is .811 s, and the four notebooks whose code had not changed (41 to 44) took 1.742 times
+# as long as before, geometric mean.
+REFERENCE = 0.811 / 1.742
+
+
+def over_budget(seconds, yardstick=REFERENCE):
+    """What is wrong with the seconds of `{slug: default run}`, run where the yardstick takes so long."""
+    seconds = {slug: found * REFERENCE / yardstick for slug, found in seconds.items()}
     for slug, found in seconds.items():
         if found > notebooks.BUDGET:
             yield f"{slug} takes {found:.0f} s, at most {notebooks.BUDGET}"
@@ -189,11 +197,13 @@ def over_budget(seconds):
 
 
 def test_every_default_run_keeps_to_its_budget():
-    assert list(over_budget({slug: notebooks.seconds(slug) for slug in READY})) == []
+    yardstick = json.loads((ROOT / "figures" / "benchmarks" / "yardstick.json").read_text())["ours"]
+    assert list(over_budget({slug: notebooks.seconds(slug) for slug in READY}, yardstick)) == []
 
 
 def test_a_budget_can_be_missed():
-    assert list(over_budget({"a": 90.4, "b": 20})) == ["a takes 90 s, at most 90"]
+    assert list(over_budget({"a": 90.6, "b": 20})) == ["a takes 91 s, at most 90"]
+    assert list(over_budget({"a": 170}, 2 * REFERENCE)) == [] and list(over_budget({"a": 90}, REFERENCE / 2))
     assert list(over_budget(dict.fromkeys(range(34), 90))) == ["together 51 minutes, at most 40"]
 
 
