@@ -246,8 +246,19 @@ def test_a_prefix_can_serve_several_batches(llama):
         shared = Conditions(llama, ids, SETS, prefix=prefix).score(answer)
         for name, score in Conditions(llama, ids, SETS).score(answer).items():
             assert torch.equal(score.logprob, shared[name].logprob)
-    with pytest.raises(ValueError, match="the prefix holds 11 positions, the prompt needs 8"):
-        Conditions(llama, ids[:, :9], SETS, prefix=prefix)
+    for other in (ids[:, :9], ids_of(llama, seed=5)):  # shorter, and of the same length
+        with pytest.raises(ValueError, match="the prefix holds 11 other positions"):
+            Conditions(llama, other, SETS, prefix=prefix)
+
+
+def test_a_prefix_is_left_alone_where_the_prompt_is_cut_too(llama):
+    """It was read by the clean model: with phase="both" every row reads its own."""
+    ids, answer = ids_of(llama), ids_of(llama, length=3, seed=3)[0]
+    alone = Conditions(llama, ids, SETS, phase="both").score(answer)
+    given = Conditions(llama, ids, SETS, phase="both", prefix=heads.Prefix(llama, ids[:, :-1])).score(answer)
+    decode = Conditions(llama, ids, SETS).score(answer)
+    assert all(torch.equal(score.logprob, given[name].logprob) for name, score in alone.items())
+    assert any(not torch.allclose(score.logprob, decode[name].logprob, atol=1e-2) for name, score in alone.items())
 
 
 def test_bad_input_is_refused(llama):

@@ -69,7 +69,8 @@ def _plain(item) -> dict:
     if hasattr(item, "_module"):
         if item._edits:
             raise TypeError("heads.kept: an edited model has no name to keep a result by: call the function itself")
-        weights = [torch.hash_tensor(p).view(torch.int64).item() for p in item._module.parameters() if not p.is_meta]
+        named = item._module.state_dict().items()
+        weights = {name: sha256(x.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest() for name, x in named}
         return {"model": item.record, "weights": weights}  # what was loaded, and whether it was trained since
     if type(item).__module__.startswith("heads."):
         return {"__class__": f"{type(item).__module__}:{type(item).__qualname__}", "state": vars(item)}

@@ -135,9 +135,9 @@ class Conditions:
         # an empty set still needs its row, so rows are given as lists
         options = {"phase": phase, "values": values, "prompt": ids.shape[1]}
         self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, **options)) for c in chunks]
-        if prefix is not None and len(prefix) != ids.shape[1] - 1:
-            raise ValueError(f"the prefix holds {len(prefix)} positions, the prompt needs {ids.shape[1] - 1}: all but its last")
-        self.prefix = prefix or (Prefix(model, self.ids[:, :-1]) if phase == "decode" else None)
+        if prefix is not None and not torch.equal(prefix.ids.to(model.device), self.ids[:, :-1]):
+            raise ValueError(f"the prefix holds {len(prefix)} other positions: the prompt needs all of its own but the last")
+        self.prefix = (prefix or Prefix(model, self.ids[:, :-1])) if phase == "decode" else None
 
     def _start(self, edited, n: int) -> Cache:
         """A cache to continue from."""
