@@ -11,11 +11,13 @@ Fair: the same weights, prompts and greedy choice; the paper's 50 new tokens for
 of text off, so that all decode the same number; all compute the logits of the last position only, which spares the peers
 a matrix of prompt x vocabulary. There are as many samples as `retrieval_scores` takes into one batch by default (8192
 tokens): a study has hundreds, so its batches are full. Times are means over samples and medians over repeats, the ways
-taken in turn; eager runs one sample. Peak memory is that of all samples for ours and of one for the others (who hold one at a time), above
-the loaded model, each in a fresh process.
+taken in turn; eager runs one sample. Peak memory is that of all samples for ours and for `generate`, and of one for the
+others, who hold one at a time; above the loaded model, each in a fresh process.
 
-`generate` is the true bound: plain transformers' `generate` of the same batch and the same tokens, padded, through SDPA, which
-scores nothing; `over_generate` is our time over its. What cannot shrink: prefill is the same work for both and bound by arithmetic, so `ratio_limit`, the released way's total
+`generate` is the true bound: plain transformers' `generate` of the same batch and the same tokens, padded, through SDPA,
+which scores nothing; `over_generate` is our time over its.
+
+What cannot shrink: prefill is the same work for both and bound by arithmetic, so `ratio_limit`, the released way's total
 over its prefill alone, is what a decoder that costs nothing would reach.
 """
 
