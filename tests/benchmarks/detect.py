@@ -182,7 +182,7 @@ def peak(length: int, n: int, way: str) -> int:
 
 
 def run(quick: bool = False) -> dict:
-    counts, repeats = ({200: 2, 300: 2}, 1) if quick else ({512: 16, 1024: 8}, 3)  # samples of a full batch
+    counts, repeats = ({200: 2, 300: 2}, 1) if quick else ({512: 16, 1024: 8}, 2)  # samples of a full batch
     sizes = []
     for length, n in counts.items():
         found = fresh(times, length, n, repeats)
