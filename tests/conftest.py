@@ -22,28 +22,54 @@ from heads.model.zoo import TINY
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-ENCODERS = ("bert", "modernbert")
-DECODERS = tuple(family for family in TINY if family not in ENCODERS)
+ENCODERS = ("bert", "electra", "roberta", "xlm-roberta", "distilbert", "modernbert")
+# One of each kind of layout: what every test is run on. The others copy one of these and are held to the table of
+# tests/test_anatomy.py, to the readouts' checks, and to tests/families.py.
+CORE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt-neox", "bert", "modernbert")
+DECODERS = tuple(family for family in CORE if family not in ENCODERS)
 # family -> the blocks; below a block the output projection; the final norm; below a block the norms before attention and MLP
 _LLAMA = ("model.layers", "self_attn.o_proj", "model.norm", "input_layernorm", "post_attention_layernorm")
 _GEMMA_2 = (*_LLAMA[:4], "pre_feedforward_layernorm")
+_PARALLEL = (*_LLAMA[:4], "input_layernorm")
+_OLMO_2 = (*_LLAMA[:3], None, None)
+_ROBERTA = ("roberta.encoder.layer", "attention.output.dense", "lm_head.layer_norm", None, None)
 PLACES = {
     "gpt2": ("transformer.h", "attn.c_proj", "transformer.ln_f", "ln_1", "ln_2"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "mixtral": _LLAMA,
+    "smollm3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2-moe": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3-moe": _LLAMA,
     "gemma": _LLAMA,
     "gemma2": _GEMMA_2,
     "gemma3": _GEMMA_2,
+    "olmo2": _OLMO_2,
+    "olmo3": _OLMO_2,
+    "gpt-oss": _LLAMA,
+    "granite": _LLAMA,
+    "cohere": _PARALLEL,
+    "cohere2": _PARALLEL,
+    "stablelm": _LLAMA,
+    "phi": ("model.layers", "self_attn.dense", "model.final_layernorm", "input_layernorm", "input_layernorm"),
     "phi3": _LLAMA,
+    "opt": (
+        "model.decoder.layers", "self_attn.out_proj", "model.decoder.final_layer_norm", "self_attn_layer_norm", "final_layer_norm"
+    ),
     "gpt-neox": (
         "gpt_neox.layers", "attention.dense", "gpt_neox.final_layer_norm", "input_layernorm", "post_attention_layernorm"
     ),
     "bert": ("bert.encoder.layer", "attention.output.dense", "cls.predictions.transform", None, None),
+    "electra": ("electra.encoder.layer", "attention.output.dense", "generator_predictions", None, None),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "distilbert": ("distilbert.transformer.layer", "attention.out_lin", "vocab_layer_norm", None, None),
     "modernbert": ("model.layers", "attn.Wo", "model.final_norm", "attn_norm", "mlp_norm"),
 }  # fmt: skip
-POST_NORMED = ("gemma2", "gemma3")  # what attention and MLP write goes through a norm of its own
+POST_NORMED = ("gemma2", "gemma3", "olmo2", "olmo3")  # what attention and MLP write goes through a norm of its own
 
 
 # Files whose tests wait for kernels and commands: with two processes they begin first, so that neither ends alone.
@@ -176,7 +202,7 @@ def plain_of(model) -> Plain:
     return plain(model.record["name"].removeprefix("tiny-"))
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=CORE)
 def any_model(request):
     return tiny(request.param)
 

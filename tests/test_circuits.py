@@ -9,12 +9,12 @@ from heads.lab.circuits import (
     copying_score,
     effective_embedding,
     input_norm,
-    norm,
     ov,
     ov_logits,
     qk,
     successor_score,
 )  # fmt: skip
+from heads.model.weights import norm
 from heads.tasks.succession import relabelled
 
 HEADS = [(0, 0), (1, 3), (3, 2)]

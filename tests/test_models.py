@@ -255,7 +255,7 @@ def test_a_folder_is_loaded_with_the_same_logits_and_the_digest_of_its_weights(f
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").unlink()
     torch.save(heads.model.tiny.build("llama")[0].state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no weights as safetensors, and pickled ones are not read"):
+    with pytest.raises(ValueError, match="holds no weights as model.safetensors, and pickled ones are not read"):
         heads.load(str(folder), device="cpu")
 
 

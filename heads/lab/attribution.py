@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from heads.metrics import Metric, logit_difference, named
-from heads.model.weights import decoder_only, norm, output_projection, post_norms, projection, row_of, softcapped
+from heads.model.offers import require
+from heads.model.weights import norm, output_projection, post_norms, projection, row_of, finished
 from heads.names import known
 from heads.scores import Effects
 from heads.tasks.base import DIRECTIONS, Task
@@ -85,7 +86,7 @@ def _direction(model, part: Task, read: Metric, last: torch.Tensor) -> tuple[tor
     with torch.enable_grad():
         logits = torch.einsum("pm,vm->pv" if columns is None else "pm,pcm->pc", final(last), rows)
         logits = (logits + fixed).detach().requires_grad_(True)
-        slope = torch.autograd.grad(read(softcapped(model, logits), part).sum(), logits)[0]
+        slope = torch.autograd.grad(read(finished(model, logits), part).sum(), logits)[0]
     u = torch.einsum("pv,vm->pm" if columns is None else "pc,pcm->pm", slope, rows)
     constant = (slope * fixed).sum(-1)
     if final.bias is not None:
@@ -138,7 +139,7 @@ def direct_attribution(
             not the sum of what is written to it (scaled residuals).
     """
     read = _differentiable(metric)
-    decoder_only(model)
+    require(model, "readout", "mlp")
     known("reference", reference, (None, "mean"))
     found = [_attribute(model, part, read, keep=reference == "mean") for part in task.batches(batch)]
     samples, mlps, embedding, biases, base = (torch.cat([x[i] for x in found]) for i in range(5))
@@ -206,7 +207,7 @@ def _meant(model, task: Task, metric: str | Metric, direction: str, positions) -
     """The metric, and the task with its base run first; what cannot be meant is refused."""
     read = _differentiable(metric)
     known("direction", direction, DIRECTIONS)
-    decoder_only(model)
+    require(model, "mlp")
     task.at(positions)
     return read, task if direction == "noising" else task.swapped()
 
@@ -271,7 +272,7 @@ def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch
         the model's own. Float32, on the CPU.
     """
     read = named(metric)
-    decoder_only(model)
+    require(model, "readout")
     found = []
     for part in task.batches(batch):
         with model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
@@ -288,8 +289,8 @@ def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch
 def _unembed(model, x: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
     """`[prompt, d_model]` -> logits `[prompt, column]` float32 through the model's own final norm."""
     unembed, final = model.unembed._module, model.final_norm._module
-    x = final(x.to(final.weight.device)).to(unembed.weight.device)
+    x = final(x.to(next(final.parameters(), unembed.weight).device)).to(unembed.weight.device)
     if columns is None:
-        return softcapped(model, unembed(x).float())
+        return finished(model, unembed(x).float())
     rows, bias = _unembedding(model, columns, x.device)
-    return softcapped(model, torch.einsum("pm,pcm->pc", x.float(), rows) + bias)
+    return finished(model, torch.einsum("pm,pcm->pc", x.float(), rows) + bias)

@@ -15,15 +15,17 @@ import nnsight
 import numpy as np
 import torch
 
+from heads.model.offers import require
 from heads.model.weights import (
     decoder_only,
     input_norm,
     kv_head,
     mlp_norm,
-    norm,
     output_projection,
     post_norms,
     project,
+    qk_fold,
+    qk_scale,
     unembedding,
 )
 from heads.names import known
@@ -61,9 +63,9 @@ def ov(model, layer: int, head: int) -> Factored:
     over heads is normalised after this; the weight of that norm is not included.
 
     Raises:
-        IndexError: for a head that does not exist.
+        IndexError: for a head that does not exist. ValueError: for a model where the heads are not norm times W_V.
     """
-    decoder_only(model)
+    require(model, "ov")
     ((layer, head),) = model.anatomy.check([(layer, head)])
     (weight, bias), kv = project(model, layer, "v"), kv_head(model, head)
     return Factored(weight[kv], _writes(model, layer)[head], None if bias is None else bias[kv])
@@ -79,15 +81,13 @@ def qk(model, layer: int, head: int) -> Factored:
     keys of a query, and softmax does not see it (in a model without norms of keys, at distance 0).
 
     Raises:
-        IndexError: for a head that does not exist.
+        IndexError: for a head that does not exist. ValueError: for a model where queries and keys are something else.
     """
-    decoder_only(model)
+    require(model, "qk")
     ((layer, head),) = model.anatomy.check([(layer, head)])
-    attn, kv = model.layers[layer].attn._module, kv_head(model, head)
     (q, bias), (k, _) = project(model, layer, "q"), project(model, layer, "k")
-    scale = getattr(attn, "scaling", None) or model.anatomy.d_head**-0.5
-    fold = norm(attn.q_norm).weight * norm(attn.k_norm).weight if hasattr(attn, "q_norm") else 1
-    return Factored(q[head] * fold * scale, k[kv].T, None if bias is None else bias[head] * fold * scale)
+    factor = (qk_fold(model, layer)[head] * qk_scale(model, layer)).to(q.device)
+    return Factored(q[head] * factor, k[kv_head(model, head)].T, None if bias is None else bias[head] * factor)
 
 
 def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -100,6 +100,7 @@ def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) 
     Returns:
         `[..., token]`, float32.
     """
+    require(model, "readout")
     circuit = ov(model, layer, head)
     written = circuit(input_norm(model, layer)(x.to(circuit.left.device)))
     return written @ unembedding(model, ids, layer).to(written.device).T
@@ -131,6 +132,8 @@ def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", batch: int
     ids = torch.as_tensor(ids, device=model.device)
     if ids.dim() != 1 or not len(ids):
         raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")
+    if kind in ("mlp0", "e+mlp0"):
+        require(model, "embedding", "mlp", "mlp0")
     return torch.cat([_effective(model, part, kind) for part in ids.split(batch)], dim=-2)
 
 
@@ -148,11 +151,12 @@ def _effective(model, ids: torch.Tensor, kind: str) -> torch.Tensor:
         with model.trace(input_ids=ids[:, None], use_cache=False):
             x = model.layers[0].output[:, -1].save()
         return x.float()
-    block, embedding = model.layers[0], model._module.get_input_embeddings()(ids)
+    # [token, 1, d_model]: a mixture of experts takes no less
+    block, embedding = model.layers[0], model._module.get_input_embeddings()(ids[:, None])
     out = block.mlp._module(mlp_norm(model, 0)(embedding))
     post = post_norms(model, 0)[1]
     out = out if post is None else post(out)
-    return out.float() if kind == "mlp0" else out.float() + embedding.float()
+    return (out.float() if kind == "mlp0" else out.float() + embedding.float())[:, 0]
 
 
 # ------------------------------------------------------------------- successor and copying scores
@@ -196,6 +200,7 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
     Raises:
         ValueError: for lists without pairs, or pairs that point outside their list.
     """
+    require(model, "ov", "readout")
     lists = checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])
     x = effective if isinstance(effective, torch.Tensor) else effective_embedding(model, ids, effective, batch=batch)

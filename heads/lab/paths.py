@@ -28,6 +28,7 @@ from tqdm import tqdm
 from heads.lab.attribution import activations
 from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
+from heads.model.offers import require
 from heads.model.weights import hooked, output_projection
 from heads.names import known
 from heads.scores import Effects, Head
@@ -69,8 +70,7 @@ class Route:
                 f"with all heads held still, nothing written at {self.position} reaches the logits at END: "
                 "use position='END', or give receivers that carry it there"
             )
-        if model.anatomy.encoder:
-            raise ValueError(f"path patching needs a causal model, {model.anatomy.family} is an encoder")
+        require(model, "mlp")
         return self
 
     def units(self, model, layer: int) -> list[int]:

@@ -9,7 +9,7 @@ import nnsight
 import torch
 from torch.nn.functional import pad
 
-from heads.model.attention import pattern
+from heads.model.attention import call_of, pattern
 from heads.names import known
 from heads.scores import HeadScores
 from heads.tasks.base import Task
@@ -80,7 +80,7 @@ def _call(attn):
 
 def _row(inputs, at: torch.Tensor) -> torch.Tensor:
     """The pattern's rows at the positions `at` `[prompt]`: `[prompt, head, key]`."""
-    (module, q, k, _, mask), kwargs = inputs[0][:5], inputs[1]
+    module, q, k, mask, kwargs = call_of(inputs)
     rows = torch.arange(len(q), device=q.device)
     at = at.to(q.device)
     if mask is None:  # SDPA was told that attention is causal (or, in an encoder, full) by a flag

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from heads.model.attention import edited
 from heads.model.prefix import Prefix
-from heads.model.weights import hooked, projection, softcapped
+from heads.model.weights import hooked, projection, finished
 
 
 class ReplayError(RuntimeError):
@@ -137,12 +137,13 @@ class Replay:
             x[-len(z) :] = z.flatten(-2)
             return (x, *inputs[1:])
 
-        heads, mlp = projection(self.model, i), self.model.layers[i].mlp._module
+        heads, mlp = projection(self.model, i), getattr(self.model.layers[i], "mlp", None)
         hooks = [] if z is None else [(heads.register_forward_pre_hook, put, {})]
         if last := i == self.n_layers - 1:
             # What they return is added to the residual stream of every position, of which END is right.
-            end = lambda module, inputs: (inputs[0][:, -1:], *inputs[1:])  # noqa: E731
-            hooks += [(module.register_forward_pre_hook, end, {}) for module in (heads, mlp)]
+            # (A layer that flattens its positions, as OPT's MLP does, computes all.)
+            end = lambda module, inputs: (inputs[0][:, -1:], *inputs[1:]) if inputs[0].dim() == 3 else None  # noqa: E731
+            hooks += [(module.register_forward_pre_hook, end, {}) for module in (heads, mlp and mlp._module) if module]
         module = self.model.layers[i]
         with torch.no_grad(), hooked(*hooks), edited(module.attn._module, edit):
             hidden = _first(module._module(hidden, *args, **kwargs))
@@ -171,7 +172,7 @@ class Replay:
             logits = torch.einsum("npd,pcd->npc", x, unembed.weight[columns])
             if unembed.bias is not None:
                 logits = logits + unembed.bias[columns]
-        return softcapped(model, logits)
+        return finished(model, logits)
 
     def check(self) -> None:
         """Replay all layers without an edit, and hold the logits against the model's own."""
@@ -184,7 +185,8 @@ class Replay:
         if not error <= exact:
             raise ReplayError(
                 f"replaying a {self.model.anatomy.family} model layer by layer is off by {error:.1e} of its logits "
-                f"(allowed {exact:g}): its layers need something that the clean run did not hand over. Use engine='literal'"
+                f"(allowed {exact:g}): its layers need something that the clean run did not hand over. Cut heads one by one with "
+                "heads.ablate(...); for paths take engine='literal'"
             )
 
 

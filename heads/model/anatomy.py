@@ -27,6 +27,7 @@ from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
 
+from heads.model.attention import call_of
 from heads.model.attention import pattern as attention_pattern
 from heads.model.families import family_of, windows
 from heads.model.weights import output_projection
@@ -86,7 +87,7 @@ class Attention(Envoy):
 
     @Located(key="call_input", description="attention pattern [batch, head, query, key]; rows sum to one")
     def pattern(self, value: tuple) -> torch.Tensor:
-        (module, q, k, _, mask), kwargs = value[0][:5], value[1]
+        module, q, k, mask, kwargs = call_of(value)
         weights = attention_pattern(module, q, k, mask, **kwargs)
         self.__dict__["_pattern_version"] = None if weights.is_inference() else weights._version
         return weights
@@ -215,19 +216,30 @@ def bind(model) -> Anatomy:
     """Fill in where each layer's attention call and output projection are, and count the parts.
 
     Raises:
-        ValueError: naming the part that was not found or whose shape disagrees with the config.
+        ValueError: naming the part that was not found or whose shape disagrees with the config; latent attention, layers
+            without attention.
     """
-    config = model.config.get_text_config()
-    names = family_of(config)
+    config, names = model.config.get_text_config(), family_of(model.config)
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"a {config.model_type} model keeps keys and values of all heads in one latent vector (MLA): "
+                         "its heads are not supported yet")  # fmt: skip
     for part in ("layers", "final_norm", "unembed"):
         if not hasattr(model, part):
             raise ValueError(
                 f"no {part} in a {config.model_type} model (looked at {getattr(names, part)}): this architecture is not "
                 "supported yet; add a row to heads.model.families.FAMILIES"
             )
-    n_heads = config.num_attention_heads
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     n_layers = len(model.layers)
+    try:
+        n_heads = config.num_attention_heads
+        d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        n_kv_heads, seen = getattr(config, "num_key_value_heads", None) or n_heads, windows(config, n_layers)
+    except RuntimeError as error:  # transformers' word for a config with a value for each layer
+        raise ValueError(f"the layers of a {config.model_type} model differ in their heads, which is not supported yet "
+                         f"({str(error).split('.')[0]})") from None  # fmt: skip
+    if bare := [i for i, layer in enumerate(model.layers) if not hasattr(layer._module, names.attn.split(".")[0])]:
+        raise ValueError(f"layers {bare} of this {config.model_type} model have no {names.attn}: a model in which only some "
+                         "layers have heads is not supported yet")  # fmt: skip
     for layer in model.layers:
         attn = layer.attn
         caller = getattr(attn, names.call) if names.call else attn
@@ -235,7 +247,11 @@ def bind(model) -> Anatomy:
         attn.call_input = f"{prefix}source.{_attention_call(caller._module, caller.source.names)}.input"
         attn.proj_input = f"{names.proj}.input"
         attn.n_heads = n_heads
-        width = output_projection(model, layer).shape[0]
+        try:
+            width = output_projection(model, layer).shape[0]
+        except AttributeError as error:
+            raise ValueError(f"{attn.path} of a {config.model_type} model has no {names.proj} with a weight: its heads "
+                             f"cannot be told apart ({error})") from None  # fmt: skip
         if width != n_heads * d_head:
             raise ValueError(
                 f"the config says {n_heads} heads of {d_head}, which make {n_heads * d_head}, but the output projection of "
@@ -245,9 +261,9 @@ def bind(model) -> Anatomy:
         family=config.model_type,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        n_kv_heads=n_kv_heads,
         d_head=d_head,
         d_model=config.hidden_size,
-        windows=windows(config, n_layers),
+        windows=seen,
         encoder=names.encoder,
     )

@@ -27,7 +27,8 @@ def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
 
 
 def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, scaling: float | None = None,
-            softcap: float | None = None, is_causal: bool | None = None, **_: Any) -> torch.Tensor:  # fmt: skip
+            softcap: float | None = None, is_causal: bool | None = None, s_aux: torch.Tensor | None = None,
+            **_: Any) -> torch.Tensor:  # fmt: skip
     """The attention pattern of one call, as the eager formula gives it.
 
     Args:
@@ -37,9 +38,10 @@ def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor |
         mask: boolean (True = visible) or additive `[batch, 1 or head, query, key]`, or None.
         scaling: factor on the logits; `d_head ** -0.5` if None.
         softcap: cap of the logits through `tanh`, if the model has one.
+        s_aux: `[head]`, the logit of a sink in every row, if the model has one (gpt-oss): it takes its share and gives nothing.
 
     Returns:
-        `[batch, head, query, key]`; rows sum to one. Softmax in float32, then the query's dtype.
+        `[batch, head, query, key]`; rows sum to one, with a sink to what it leaves. Softmax in float32, then the query's dtype.
     """
     n_kv, n_query = key.shape[1], query.shape[2]
     q = _group(query, n_kv)
@@ -55,7 +57,16 @@ def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor |
         mask = torch.ones(n_query, logits.shape[-1], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
-    return softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)], dim=-1)
+    weights = softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights if s_aux is None else weights[..., :-1]
+
+
+def call_of(inputs: tuple) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None, dict]:
+    """What an attention call is given: module, query, key, mask (which some name), and its other keywords."""
+    (module, query, key), kwargs = inputs[0][:3], dict(inputs[1])
+    return module, query, key, inputs[0][4] if len(inputs[0]) > 4 else kwargs.pop("attention_mask", None), kwargs
 
 
 def mix(weights: torch.Tensor, value: torch.Tensor, prefix: Any = None) -> torch.Tensor:
@@ -63,7 +74,7 @@ def mix(weights: torch.Tensor, value: torch.Tensor, prefix: Any = None) -> torch
     `[batch, query, head, d_head]`. `prefix` mixes what is kept before these values."""
     w, n = _group(weights, value.shape[1]), weights.shape[-1] - value.shape[2]
     z = w @ value if prefix is None else prefix.mix(w[..., :n]) + w[..., n:] @ value
-    return z.reshape(weights.shape[0], -1, weights.shape[2], z.shape[-1]).transpose(1, 2)
+    return z.reshape(weights.shape[0], -1, weights.shape[2], z.shape[-1]).transpose(1, 2).contiguous()
 
 
 def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
@@ -78,11 +89,9 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         query, key, value = edit(query, key, value)
         if prefix is not None:
             key.prefix = prefix  # a changed copy stands behind the same prefix
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks (s_aux) are not supported: load a model without them")
     weights = pattern_override
     if weights is None:
-        if prefix is None and kwargs.get("softcap") is None:
+        if prefix is None and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         weights = pattern(module, query, key, attention_mask, **kwargs)
     return mix(weights, value, prefix), weights
@@ -100,6 +109,34 @@ def edited(module: torch.nn.Module, edit: Callable | None) -> Iterator[None]:
         yield
     finally:
         del module.__dict__["_edit"]
+
+
+@contextmanager
+def watched(module: torch.nn.Module, see: Callable) -> Iterator[None]:
+    """While it lasts, `see(query, key, value, scaling, z)` is told of every attention call of this model, in order."""
+
+    def watching(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        out = attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        see(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, out[0])
+        return out
+
+    AttentionInterface.register("heads-watched", watching)
+    AttentionMaskInterface.register("heads-watched", sdpa_mask)
+    module.set_attn_implementation("heads-watched")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(NAME)
+
+
+@torch.no_grad()
+def plain_logits(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of one whole forward with transformers' own eager attention: nothing of ours takes part in it."""
+    module.set_attn_implementation("eager")
+    try:
+        return module(input_ids=ids).logits
+    finally:
+        module.set_attn_implementation(NAME)
 
 
 AttentionInterface.register(NAME, attention)

@@ -1,4 +1,4 @@
-"""Three identities that every model passes before it is handed out.
+"""Identities that every model passes before it is handed out.
 
 They are what makes a number about a head trustworthy, they cost milliseconds, and the commonest
 mistake of the field (slicing the attention's output after the heads were mixed) fails the second.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import nnsight
 import torch
 
+from heads.model.attention import plain_logits
 from heads.model.weights import head_outputs, output_projection, projection, projection_envoy
 
 
@@ -26,12 +27,14 @@ def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float, otherwise: str) ->
 
 
 def identities(model) -> dict[str, float]:
-    """Run the three checks; returns how far each was from exact, as a share of its tolerance.
+    """Run the checks; returns how far each was from exact, as a share of its tolerance.
 
     1. *sum*: in every layer the heads, each through its slice of the output projection, sum to what
        the projection puts out.
     2. *knock-out*: zeroing a head gives the logits of a model whose weights for that head are zero.
     3. *no-op*: writing back what was read changes no logit, to the bit.
+    4. *pattern*: zeroing the pattern of a layer gives the logits of zeroing its heads: an edit of it reaches them.
+    5. *plain*: the logits are those of transformers' own eager attention; in a decoder no token sees what follows it.
 
     Raises:
         IdentityError: naming the identity that failed, by how much, and where.
@@ -45,6 +48,8 @@ def identities(model) -> dict[str, float]:
             "sum": _sum(model, ids, tolerance),
             "knock-out": _knock_out(model, ids, tolerance, layer=anatomy.n_layers // 2, head=anatomy.n_heads - 1),
             "no-op": _no_op(model, ids),
+            "pattern": _pattern(model, ids, tolerance, layer=anatomy.n_layers // 2),
+            "plain": _plain(model, ids, tolerance),
         }
 
 
@@ -90,6 +95,27 @@ def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
         rows.copy_(kept)
     return _same(edited, knocked, tolerance, f"zeroing head ({layer}, {head}) is not knocking out its weights: "
                  "the edit does not reach the model where the head is")  # fmt: skip
+
+
+def _pattern(model, ids, tolerance, layer: int) -> float:
+    def empty(layers):
+        layers[layer].attn.pattern = torch.zeros_like(layers[layer].attn.pattern)
+
+    def silence(layers):
+        layers[layer].attn.heads[:] = 0
+
+    return _same(_logits(model, ids, empty), _logits(model, ids, silence), tolerance,
+                 f"zeroing the pattern of layer {layer} is not zeroing its heads: the edit does not reach them")  # fmt: skip
+
+
+def _plain(model, ids, tolerance) -> float:
+    plain = plain_logits(model._module, ids)
+    if not model.anatomy.encoder:
+        other = ids.clone()
+        other[:, -1] -= 1
+        _same(plain[:, :-1], plain_logits(model._module, other)[:, :-1], tolerance,
+              "tokens see what follows them: a bidirectional model is not supported as a decoder")  # fmt: skip
+    return _same(_logits(model, ids), plain, tolerance, "the logits are not those of transformers' own attention")
 
 
 def _no_op(model, ids) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -15,10 +13,20 @@ from typing import Any
 import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
-from heads.model import anatomy, attention, checks, zoo
+from heads.model import anatomy, attention, checks, folders, offers, zoo
+from heads.model.families import FAMILIES, family_of
 from heads.names import known
+
+SPARE = ("pooler.", "seq_relationship.")  # weights that some checkpoints carry beside the model, and that may be left out
 
 
 class Model(TransformersModel):
@@ -47,11 +55,8 @@ class Model(TransformersModel):
 
         @wraps(fn)
         def run(*inputs, **named):
-            given, generates = {**({"input_ids": inputs[0]} if inputs else {}), **named}, fn.__name__ == "generate"
-            ids, padding = given.get("input_ids"), getattr(self.tokenizer, "pad_token_id", None)
-            if generates and given.get("attention_mask") is None and ids is not None and padding is not None:
-                given["attention_mask"] = ids.ne(padding)  # as `generate` itself takes it
-            self._module.__dict__["_run"] = {"given": given, "generates": generates}
+            given = {**({"input_ids": inputs[0]} if inputs else {}), **named}
+            self._module.__dict__["_run"] = {"given": given, "generates": fn.__name__ == "generate"}
             try:
                 return fn(*inputs, **named)
             finally:
@@ -63,6 +68,24 @@ class Model(TransformersModel):
             if self._edits:
                 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             return super().interleave(run, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, edits included."""
+        if not self._edits or self.interleaver.interleaving:
+            return super().__call__(*args, **kwargs)
+        with self.trace(*args, **kwargs):
+            found = self.output.save()
+        return found
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, of the weights. ValueError for an edited model: an edit is no weight."""
+        if self._edits:
+            raise ValueError("an edited model cannot be saved: its edits are not in its weights. Save what made them "
+                             "(Steering.save, the list of heads) and the model without them")  # fmt: skip
+        return self._module.save_pretrained(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError("a model cannot be copied: load it a second time; ablate(...) and edit() leave it as it is")
 
     def ids(self, text: str) -> torch.Tensor:
         """Token ids of a text `[1, position]`, with the tokenizer's own special tokens."""
@@ -92,8 +115,9 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_dtype(dtype: str, device: str) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     """The type of weights: "auto" is bfloat16 on a GPU, float32 elsewhere. LookupError for what is no such type."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         return torch.bfloat16 if device == "spread" or device.startswith("cuda") else torch.float32
     found = getattr(torch, dtype, None)
@@ -104,23 +128,37 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 
 @contextmanager
 def _quietly():
-    """No progress bars for a load of two seconds, and none of nnsight's notes on names that we bind."""
+    """No progress bars for a load of two seconds, no reports of what is refused here anyway, and none of nnsight's notes on
+    names that we bind."""
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Module .* has a submodule named")
             yield
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
 
 def wrap(module: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Model:
-    """A transformers module that exists already, with the standard names; `load` also checks and records it."""
-    module.set_attn_implementation(attention.NAME)
+    """A transformers module that exists already, with the standard names; `load` also checks and records it.
+
+    Raises:
+        ValueError: for a model that computes its attention by itself; and as `heads.model.anatomy.bind`.
+    """
+    with _quietly():
+        module.set_attn_implementation(attention.NAME)
+    if module.config.get_text_config()._attn_implementation != attention.NAME:
+        raise ValueError(f"{type(module).__name__} computes its attention by itself and not through transformers' interface: "
+                         "its heads cannot be read")  # fmt: skip
+    if not family_of(module.config).encoder and not module.can_generate():
+        raise ValueError(f"{type(module).__name__} cannot generate, and no encoder of this type is known: "
+                         "add a row to heads.model.families.FAMILIES")  # fmt: skip
     with _quietly():
         return _frozen(Model(module, tokenizer=tokenizer, **anatomy.vocabulary(module.config)))
 
@@ -144,34 +182,57 @@ def load_local(name: str, device: str, dtype: str, seed: int) -> Model:
         record = {"name": name, "revision": f"seed {seed}", "sha256": tiny.sha256(module)}
     else:
         folder = Path(zoo.fetch(name) if name in zoo.ZOO else name).expanduser()
-        if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{name!r} holds no weights as safetensors, and pickled ones are not read because they can run code: "
-                "save the model again with save_pretrained(...)"
-            )
-        source = folder.as_posix()  # of a hub id: itself
-        place = {"device_map": "auto"} if device == "spread" else {"device": device}
-        config = AutoConfig.from_pretrained(source).get_text_config()
-        with _quietly():
-            # safetensors: pickled weights can run code when they are opened
-            model = _frozen(Model(source, dispatch=True, dtype=kind, attn_implementation=attention.NAME,
-                                  use_safetensors=True, **place, **anatomy.vocabulary(config)))  # fmt: skip
-        record = {"name": name, **_provenance(folder, model.config)}
+        source = folder.as_posix() if folder.is_dir() else name
+        record = {"name": name, **(folders.provenance(name, folder) if folder.is_dir() else {})}
+        module, tokenizer = _read(source, kind, "auto" if device == "spread" else {"": device})
+        model = wrap(module, tokenizer)
+        record = {"revision": getattr(module.config, "_commit_hash", None), "sha256": None, **record}
     model.record = {**record, "dtype": str(kind).removeprefix("torch."), "device": str(model.device)}
     checks.identities(model)
+    if model.anatomy.family not in FAMILIES:
+        warnings.warn(offers.summary(model), stacklevel=3)
     return model
 
 
-def _provenance(path: Path, config) -> dict:
-    """Revision and SHA-256 of the weights: from the record of a zoo model, computed for a folder, and
-    for a hub id the commit, which names its weights."""
-    if (path / zoo.RECORD).exists():
-        record = json.loads((path / zoo.RECORD).read_text())
-        return {"revision": record["revision"], "sha256": record["sha256"]}
-    if path.is_dir():
-        digests = "".join(zoo.sha256(file) for file in sorted(path.glob("*.safetensors")))
-        return {"revision": None, "sha256": hashlib.sha256(digests.encode()).hexdigest()}
-    return {"revision": getattr(config, "_commit_hash", None), "sha256": None}
+def _read(source: str, dtype: torch.dtype, device_map: Any) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Module and tokenizer of a folder or a hub id: safetensors alone, every weight from the file, our attention whatever
+    the config asks for, and no code that comes with them. ValueError says what is not so."""
+    safe = {"trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **safe)
+        config._attn_implementation = attention.NAME  # of every config inside, too
+        auto = AutoModelForMaskedLM if family_of(config).encoder else AutoModelForCausalLM
+        if type(config) not in auto._model_mapping and config.get_text_config() is not config:
+            auto = AutoModelForImageTextToText
+        with _quietly():
+            module, found = auto.from_pretrained(
+                source, config=config, dtype=dtype, device_map=device_map, attn_implementation=attention.NAME,
+                use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe,
+            )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"{source!r} needs code that comes with it (auto_map), which heads never runs: "
+                         "take a model whose architecture transformers has itself") from None  # fmt: skip
+    _whole(source, module, found)
+    if len(tokenizer) < 2:
+        raise ValueError(f"{source!r} has no tokenizer: save it there with tokenizer.save_pretrained(...)")
+    return module, tokenizer
+
+
+def _whole(source: str, module: torch.nn.Module, found: dict) -> None:
+    """Refuse weights that were not in the file, and a file that holds those of another model."""
+    wrong = {
+        "missing": sorted(found["missing_keys"]),
+        "unknown to this architecture": sorted(key for key in found["unexpected_keys"] if not any(part in key for part in SPARE)),
+        "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
+    }
+    if any(wrong.values()):
+        listed = "; ".join(f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if keys[5:] else ''}"
+                           for what, keys in wrong.items() if keys)  # fmt: skip
+        raise ValueError(f"{source!r} does not hold the weights of a {type(module).__name__} ({listed}): what is missing "
+                         "would be random. Save the whole model with its own class")  # fmt: skip
 
 
 def load_remote(name: str) -> RemoteModel:
@@ -183,23 +244,23 @@ def load_remote(name: str) -> RemoteModel:
             "where='remote' needs an NDIF key: get one at https://login.ndif.us and set NDIF_API_KEY "
             "(or nnsight.CONFIG.set_default_api_key(...)); where='local' runs on this machine"
         )
-    config = AutoConfig.from_pretrained(name).get_text_config()
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     # the tokenizer is given, because nnsight 0.8.1 does not find it for a model without weights
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     model = RemoteModel(name, tokenizer=tokenizer, **anatomy.vocabulary(config))
     model.anatomy = anatomy.bind(model)
     model.record = {"name": name, "revision": getattr(config, "_commit_hash", None), "sha256": None, "where": "remote"}
     return model
 
 
-def load(name: str = zoo.DEFAULT, device: str = "auto", dtype: str = "auto", where: str = "local", seed: int = 0) -> Model:
+def load(name: str = zoo.DEFAULT, device: str = "auto", dtype: str | torch.dtype = "auto", where: str = "local", seed: int = 0) -> Model:
     """A model as an nnsight envoy with the standard names, checked.
 
     Args:
         name: a zoo name (`heads.model.zoo.ZOO`), `tiny-<family>` (small, random weights from `seed`), a hub
             id (`owner/name`) or a folder with safetensors.
         device: "auto" (a GPU if there is one), any torch device, or "spread" (over all GPUs).
-        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), or a torch dtype's name.
+        dtype: "auto" (bfloat16 on a GPU, float32 on a CPU), or a torch dtype or its name.
         where: "local", or "remote": traces then run on NDIF, and no weights are loaded here.
         seed: of the random weights of a `tiny-` model.
 
@@ -210,8 +271,8 @@ def load(name: str = zoo.DEFAULT, device: str = "auto", dtype: str = "auto", whe
     Raises:
         LookupError: for an unknown name, with the nearest one.
         FetchError: if a zoo model cannot be fetched.
-        ValueError: for an unknown device, dtype or place, or if the model fails the identity checks of
-            `heads.checks`.
+        ValueError: for an unknown device, for weights that are missing, unknown or not safetensors, for a model that
+            needs code of its own, or fails the identities of `heads.model.checks`.
         RuntimeError: for a GPU that is not there, or a remote model without a key.
     """
     zoo.check_name(name)

@@ -6,10 +6,13 @@ keys with itself (`keys.prefix`). The call then asks it for its part: the logits
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from heads.model.attention import plain_logits
 
 
 def prefill(model, ids: torch.Tensor) -> DynamicCache:
@@ -27,6 +30,31 @@ def prefill(model, ids: torch.Tensor) -> DynamicCache:
     return cache
 
 
+@torch.no_grad()
+def twice(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the last tokens of a short prompt whose beginning is kept once, and those of one whole plain forward."""
+    module, size = model._module, model.config.get_text_config().vocab_size
+    ids, cache = (torch.arange(24, device=model.device) * (size // 7) + 5).remainder(size)[None], DynamicCache()
+    module(input_ids=ids[:, :16], past_key_values=cache, use_cache=True)
+    shared = Cache(layers=[SharedLayer(layer) for layer in cache.layers])
+    ours = module(input_ids=ids[:, 16:], past_key_values=shared, use_cache=True).logits
+    return ours, plain_logits(module, ids)[:, 16:]
+
+
+def agrees(model) -> None:
+    """Once per module: a beginning that is kept once gives the logits of the whole prompt. ValueError if not."""
+    found = model._module.__dict__
+    if "_prefix" not in found:
+        try:
+            ours, theirs = twice(model)
+            found["_prefix"] = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # its attention does something with its keys beside ours
+            found["_prefix"] = math.inf
+    if not found["_prefix"] <= (1e-3 if model._module.dtype == torch.float32 else 5e-2):
+        how = "fails" if math.isinf(found["_prefix"]) else f"is off by {found['_prefix']:.0%} of its logits"
+        raise ValueError(f"a {model.anatomy.family} model that keeps the beginning of a prompt once {how}: run whole prompts")
+
+
 class Prefix:
     """Prompts of equal length, read once and kept once, that any number of passes continue.
 
@@ -40,9 +68,13 @@ class Prefix:
     Args:
         model: a loaded model; if it is edited, the prompts are read with its edits.
         ids: `[prompt, position]` token ids.
+
+    Raises:
+        ValueError: for a model that does not give the same logits when the beginning of a prompt is kept once.
     """
 
     def __init__(self, model, ids: torch.Tensor):
+        agrees(model)
         self.ids = ids
         self.layers = prefill(model, ids).layers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from nnsight import Envoy
@@ -15,7 +16,7 @@ from heads.model.families import Family, family_of
 
 def row_of(model) -> Family:
     """The row of a loaded model's family."""
-    return family_of(model.config.get_text_config())
+    return family_of(model.config)
 
 
 def decoder_only(model) -> None:
@@ -103,8 +104,9 @@ def parts(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     blocks = torch.arange(sum(counts) * d).view(-1, d).split(counts)
     if not row.fused:
         blocks = [torch.arange(m * d).view(m, d) for m in counts]
-    elif row.fused == "heads":
-        blocks = torch.arange(3 * n * d).view(n, 3, d).unbind(1)
+    elif row.fused == "groups":
+        q, k, v = torch.arange(sum(counts) * d).view(n_kv, -1, d).split((n // n_kv, 1, 1), 1)
+        blocks = [part.flatten(0, 1) for part in (q, k, v)]
     if sum(weight_of(module).shape[1] for module in modules) != sum(counts) * d:
         raise ValueError(f"layer {layer} of a {anatomy.family} model: queries, keys and values are not {counts} heads of {d}")
     found = dict(zip("qkv", zip(modules if len(modules) == 3 else modules * 3, blocks)))
@@ -156,49 +158,81 @@ class Norm:
 
 def norm(module: nn.Module) -> Norm:
     """The parts of a norm. ValueError if the module does something else than they say."""
-    weight, bias = module.weight.detach().float(), getattr(module, "bias", None)
-    eps = next(getattr(module, key) for key in ("eps", "variance_epsilon") if hasattr(module, key))
-    bias = None if bias is None else bias.detach().float()
-    x = torch.linspace(-1, 2, len(weight), device=weight.device).to(module.weight.dtype)[None]
-    with torch.no_grad():
-        theirs = module(x).float()
-        for factor in (weight, 1 + weight):  # Gemma's is one more than what it keeps
-            found = Norm(factor, bias, isinstance(module, nn.LayerNorm), eps)
-            if (theirs - found(x)).abs().max() <= 0.02 * theirs.abs().max():
-                return found
-    raise ValueError(f"{type(module).__name__} is no layer or RMS norm as heads knows them")
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = next((getattr(module, key) for key in ("eps", "variance_epsilon") if hasattr(module, key)), None)
+    if weight is not None and weight.dim() == 1 and eps is not None:
+        weight, bias = weight.detach().float(), None if bias is None else bias.detach().float()
+        x = torch.linspace(-1, 2, len(weight), device=weight.device).to(module.weight.dtype)[None]
+        with torch.no_grad():
+            theirs = module(x).float()
+            for factor, centred in product((weight, 1 + weight), (False, True)):  # Gemma's is one more than what it keeps
+                found = Norm(factor, bias, centred, eps)
+                if (theirs - found(x)).abs().max() <= 0.02 * theirs.abs().max():
+                    return found
+    raise ValueError(f"{type(module).__name__} is no layer or RMS norm as heads knows them: this readout is not offered")
 
 
-def input_norm(model, layer: int) -> Norm:
-    """The norm before a layer's attention."""
-    return norm(_below(model, layer, row_of(model).norms[0], "norm before the attention"))
+def qk_norms(model, layer: int) -> tuple[nn.Module, nn.Module] | None:
+    """The norms of a layer's queries and keys, where there are any."""
+    row, attn = row_of(model), model.layers[layer].attn._module
+    caller = attn.get_submodule(row.call) if row.call else attn
+    return tuple(getattr(caller, name) for name in row.qk_norms) if hasattr(caller, row.qk_norms[0]) else None
+
+
+def qk_fold(model, layer: int) -> torch.Tensor:
+    """What the norms' weights multiply queries times keys with, `[head, d_head]`; ones where there are no such norms."""
+    a = model.anatomy
+    found, kv = qk_norms(model, layer), [kv_head(model, head) for head in range(a.n_heads)]
+    q, k = (norm(module).weight.view(-1, a.d_head) for module in found) if found else (torch.ones(1, a.d_head),) * 2
+    return (q * (k[kv] if len(k) > 1 else k)).expand(a.n_heads, -1).to(model.device)
+
+
+def qk_scale(model, layer: int) -> float:
+    """The factor of attention logits."""
+    row, attn = row_of(model), model.layers[layer].attn._module
+    caller = attn.get_submodule(row.call) if row.call else attn
+    return getattr(caller, "scaling", None) or model.anatomy.d_head**-0.5
+
+
+def input_norm(model, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm before a layer's attention; the stream itself where there is none (OLMo 2 and 3)."""
+    name = row_of(model).norms[0]
+    return norm(_below(model, layer, name, "norm before the attention")) if name else torch.Tensor.float
 
 
 def mlp_norm(model, layer: int) -> nn.Module:
     """The norm before a layer's MLP."""
-    return _below(model, layer, row_of(model).norms[1], "norm before the MLP")
+    name = row_of(model).norms[1]
+    return _below(model, layer, name, "norm before the MLP") if name else nn.Identity()
 
 
 def post_norms(model, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
-    """The norms that Gemma 2 and 3 put on what attention and MLP write; (None, None) elsewhere."""
+    """The norms that Gemma 2 and 3, OLMo 2 and 3 put on what attention and MLP write; (None, None) elsewhere."""
     names = row_of(model).post_norms
     return tuple(_below(model, layer, name, "norm") for name in names) if names else (None, None)
 
 
 def _below(model, layer: int, name: str, what: str) -> nn.Module:
     module = model.layers[layer]._module
-    if not name or not hasattr(module, name):
-        looked = f" (looked for {name})" if name else ""
-        raise ValueError(f"no {what} in {type(module).__name__}{looked}: this architecture is not supported yet")
+    if not hasattr(module, name):
+        raise ValueError(f"no {what} in {type(module).__name__} (looked for {name}): this architecture is not supported yet")
     return getattr(module, name)
 
 
 # -------------------------------------------------------------------------------------- unembedding
 
 
-def softcapped(model, logits: torch.Tensor) -> torch.Tensor:
-    """Logits as the model hands them out: squeezed by `tanh` in the models that cap them (Gemma 2)."""
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+# What some models do to logits before they hand them out: the config's name of a factor, or of a divisor
+SCALES = {"logit_scale": lambda x: x, "logits_scaling": lambda x: 1 / x, "lm_head_multiplier": lambda x: x}
+
+
+def finished(model, logits: torch.Tensor) -> torch.Tensor:
+    """What the unembedding gives as the model hands it out: scaled (Cohere, Granite), or squeezed by `tanh` (Gemma 2)."""
+    config = model.config.get_text_config()
+    for name, factor in SCALES.items():
+        if getattr(config, name, None) is not None:
+            logits = logits * factor(getattr(config, name))
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -1,0 +1,138 @@
+"""What is read from weights, and what is replayed, is right in every listed family, or is refused by name."""
+
+import pytest
+import torch
+from conftest import ENCODERS, ids_of, tiny
+from families import CHECKS, OF_ENCODERS, build, task_of, tried
+from transformers import AutoModelForCausalLM
+
+import heads
+import heads.model.tiny
+from heads.model import offers, prefix
+from heads.model.checks import identities
+from heads.model.families import FAMILIES, TINY, family_of
+from heads.model.load import wrap
+
+# family -> what it is refused, with words of the reason
+REFUSED = {
+    "granite": {"direct": "does not sum to the residual stream", "MLP 0": "what enters the first layer, against the embeddings"},
+    "gpt-oss": {"direct": "puts out something else", "QK": "queries times keys of layer 0", "MLP 0": "puts out something else"},
+    "opt": {"direct": "puts out something else", "MLP 0": "puts out something else"},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_listed_family_is_right_or_refused_as_the_table_says(kind):
+    found, family = tried(kind), dict(zip(FAMILIES, TINY))[kind]
+    expected = OF_ENCODERS if family in ENCODERS else CHECKS
+    assert list(found) == list(expected)
+    refused = {name: text for name, text in found.items() if text != "right"}
+    assert refused.keys() == REFUSED.get(family, {}).keys(), refused
+    for name, words in REFUSED.get(family, {}).items():
+        assert refused[name].startswith("refused: ") and words in refused[name]
+
+
+# ------------------------------------------------------------------------------- kinds of faults, each with its right value
+
+
+def small(kind: str, **changes):
+    """A small model of a type, its config changed: (loaded, plain)."""
+    config = build(kind).config
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    module = heads.model.tiny.randomised(AutoModelForCausalLM.from_config(config).eval())
+    model = wrap(module, heads.model.tiny.tokenizer())
+    model.record = {"name": kind, "revision": None, "sha256": None}
+    return model
+
+
+@pytest.mark.parametrize("kind, scale", [("cohere", 0.25), ("cohere2", 0.25), ("granite", 1 / 4)])
+def test_the_scale_of_logits_is_in_every_readout(kind, scale):
+    """Held against the same weights with the scale in the config put to 1."""
+    one = {"logit_scale": 1.0} if kind != "granite" else {"logits_scaling": 1.0}
+    model, other = small(kind), small(kind, **one)
+    for verb in (heads.logit_lens, lambda m, t: torch.as_tensor(heads.ablation_scores(m, t, "zero", "END", progress=False).samples)):
+        ours, theirs = verb(model, task_of()), verb(other, task_of())
+        torch.testing.assert_close(ours, theirs * scale, atol=1e-4, rtol=1e-3)
+        assert theirs.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("family", ["stablelm", "phi", "gpt2", "llama"])
+def test_layers_that_hand_on_no_keywords_keep_a_shared_beginning(family):
+    ours, theirs = prefix.twice(tiny(family))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_shared_beginning_that_is_lost_is_refused(monkeypatch):
+    """As if the attention never asked for what is kept once: every use of it says so."""
+    model = small("llama")
+    monkeypatch.setattr(prefix.SharedLayer, "logits", lambda self, q: torch.full((*q.shape[:3], self.prefix_keys.shape[2]), -1e9))
+    for use in (lambda: heads.Prefix(model, ids_of(model)), lambda: heads.Conditions(model, ids_of(model), {"none": []}),
+                lambda: heads.ablation_scores(model, task_of(), "zero", "END", progress=False)):  # fmt: skip
+        with pytest.raises(ValueError, match="keeps the beginning of a prompt once is off by"):
+            use()
+
+
+def test_a_bidirectional_model_is_no_decoder(monkeypatch):
+    module = heads.model.tiny.build("gemma3")[0]
+    for part in module.modules():
+        if hasattr(part, "is_causal"):
+            part.is_causal = False
+    module.config.use_bidirectional_attention = True
+    model = wrap(module, heads.model.tiny.tokenizer())
+    with pytest.raises(ValueError, match="tokens see what follows them: a bidirectional model"):
+        identities(model)
+
+
+@pytest.mark.parametrize("kind, refused", [("bitnet", "what enters the output projection of layer 0, against pattern times values")])
+def test_a_norm_between_heads_and_projection_is_named(kind, refused):
+    with pytest.raises(ValueError, match=f"'ov' is not offered for this {kind} model: {refused}"):
+        heads.ov(small(kind), 0, 0)
+
+
+def test_norms_of_queries_and_keys_of_another_name_are_found_out():
+    """HunYuan calls them query_layernorm and key_layernorm: its row would be read as having none."""
+    with pytest.raises(ValueError, match="'qk' is not offered for this hunyuan_v1_dense model: queries times keys of layer 0"):
+        heads.qk(small("hunyuan_v1_dense"), 0, 0)
+
+
+def test_an_adapter_belongs_to_the_circuit():
+    model = heads.load("tiny-llama", device="cpu", seed=4)
+    before = heads.ov(model, 1, 2).left.clone()
+    with heads.lora(model, rank=2, parts="qkvo") as adapter, torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.3)
+        assert (heads.ov(model, 1, 2).left - before).abs().max() > 1e-2
+        seen = offers._seen(model)
+        assert not any(offers._why(check, model, seen) for check in offers.CHECKS.values())
+    assert torch.equal(heads.ov(model, 1, 2).left, before)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("deepseek_v3", "one latent vector .MLA."), ("qwen3_next", r"layers \[0, 1, 2\] of this qwen3_next model have no self_attn"),
+    ("gptj", "computes its attention by itself"), ("falcon", "computes its attention by itself"),
+])  # fmt: skip
+def test_what_cannot_be_read_is_refused_with_its_reason(kind, words):
+    with pytest.raises(ValueError, match=words):
+        small(kind)
+
+
+def test_a_family_without_a_row_says_what_was_checked(tmp_path):
+    module = build("olmo")
+    module.save_pretrained(tmp_path)
+    heads.model.tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="olmo is not a listed family; it loads. Checked: heads, patterns, edits.*not offered: "):
+        heads.load(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_a_model_of_images_and_text_is_read_by_its_text_model(kind, tmp_path):
+    module = build(kind)
+    module.save_pretrained(tmp_path)
+    heads.model.tiny.tokenizer().save_pretrained(tmp_path)
+    model = heads.load(str(tmp_path), device="cpu")
+    assert family_of(module.config).layers == "model.language_model.layers" and model.anatomy.n_layers == 4
+    with torch.no_grad(), model.trace("a text"):
+        z = model.layers[2].attn.heads.save()
+    assert z.shape == (1, 6, 4, 8)
