@@ -35,8 +35,9 @@ test-all: test  ## the same, with the defaults of every notebook
 lab: $(MODEL)  ## open JupyterLab on the notebooks, with the kernel "heads"
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
-bench: $(MODEL)  ## time and memory against named peers, or one benchmark: NAME=detect
-	$(PY) -m tests.benchmarks $(NAME)
+bench: $(MODEL)  ## time and memory against named peers, or one: NAME=detect; NAME=families tries all of transformers
+	@test "$(NAME)" = families || $(PY) -m tests.benchmarks $(NAME)
+	@test -n "$(filter-out families,$(NAME))" || $(PY) -m tests.families
 
 refresh: $(MODEL)  ## execute the committed notebooks again (PAPER=slug for one)
 	$(HEADS) run $(or $(PAPER),--all) --refresh $(ARGS)

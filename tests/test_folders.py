@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -239,6 +241,34 @@ def test_an_edited_model_is_not_saved_as_if_it_were_clean(tmp_path):
     assert (tmp_path / "clean" / "model.safetensors").exists()
 
 
-def test_a_model_is_not_copied():
-    with pytest.raises(TypeError, match="load it a second time"):
-        copy.deepcopy(tiny("llama"))
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_a_model_is_neither_copied_nor_pickled(take):
+    for model in (tiny("llama"), heads.ablate(tiny("llama"), [(1, 0)])):
+        with pytest.raises(TypeError, match="load it a second time"):
+            take(model)
+
+
+def test_a_second_thread_is_told_to_wait_and_the_first_is_right():
+    model, ids, found, told = heads.load("tiny-llama", device="cpu"), ids_of(tiny("llama")), [], []
+
+    def run(head):
+        with torch.no_grad(), model.trace(ids):
+            model.layers[1].attn.heads[:, :, head] = 0
+            logits = model.logits.save()
+        return logits
+
+    expected = [run(head) for head in range(4)]
+
+    def work(head):
+        for _ in range(15):
+            try:
+                found.append(torch.equal(run(head), expected[head]))
+            except RuntimeError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(head,)) for head in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(found) + len(told) == 60 and found and all(found)
+    assert all("another thread is running this model" in text for text in told)
+    assert torch.equal(run(0), expected[0])

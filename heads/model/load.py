@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -69,6 +70,16 @@ class Model(TransformersModel):
                 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             return super().interleave(run, *args, **kwargs)
 
+    @property
+    def _batcher_class(self) -> type:
+        """nnsight asks for this as every run begins: where a second thread is refused, before it disturbs the first."""
+        here, me = self.interleaver, get_ident()
+        if here.mediators and here.__dict__.get("thread", me) != me:
+            raise RuntimeError("another thread is running this model: let threads take turns (a lock around trace and generate), "
+                               "or load one model for each")  # fmt: skip
+        here.__dict__["thread"] = me
+        return super()._batcher_class
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, edits included."""
         if not self._edits or self.interleaver.interleaving:
@@ -84,8 +95,9 @@ class Model(TransformersModel):
                              "(Steering.save, the list of heads) and the model without them")  # fmt: skip
         return self._module.save_pretrained(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        raise TypeError("a model cannot be copied: load it a second time; ablate(...) and edit() leave it as it is")
+    def __getstate__(self) -> dict:
+        raise TypeError("a model is neither copied nor pickled: load it a second time, by its name, in another process too; "
+                        "ablate(...) and edit() leave it as it is")  # fmt: skip
 
     def ids(self, text: str) -> torch.Tensor:
         """Token ids of a text `[1, position]`, with the tokenizer's own special tokens."""
@@ -94,6 +106,8 @@ class Model(TransformersModel):
 
 class RemoteModel(Model):
     """A model whose traces run on NDIF unless a trace says otherwise."""
+
+    __getstate__ = TransformersModel.__getstate__  # what is sent there
 
     def trace(self, *inputs: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("remote", True)
