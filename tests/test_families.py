@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import ENCODERS, ids_of, tiny
+from conftest import ENCODERS, ids_of, logits_of, near, plain, tiny
 from families import CHECKS, OF_ENCODERS, build, task_of, tried
+from toys import uniform
 from transformers import AutoModelForCausalLM
 
 import heads
@@ -124,6 +125,16 @@ def test_a_family_without_a_row_says_what_was_checked(tmp_path):
     heads.model.tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="olmo is not a listed family; it loads. Checked: heads, patterns, edits.*not offered: "):
         heads.load(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("phase, at", [("both", slice(None)), ("decode", [11])])
+def test_uniform_attention_leaves_a_sink_its_share(phase, at):
+    """gpt-oss: logits of zero, and beside them the sink's own."""
+    model, chosen = tiny("gpt-oss"), [(0, 1), (1, 3), (2, 0), (3, 2)]
+    ids = ids_of(model)
+    with uniform(plain("gpt-oss"), chosen, at):
+        near(logits_of(heads.ablate(model, chosen, "uniform", phase=phase), ids), plain("gpt-oss")(ids).logits)
+    assert (logits_of(heads.ablate(model, chosen, "uniform", phase=phase), ids) - logits_of(model, ids)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])

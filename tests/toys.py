@@ -76,7 +76,10 @@ def eager(plain, logits=None, rows=None):
         x = plain.capped(x, "attn")
         if logits is not None:
             logits(module.layer_idx, x)
-        pattern = (x + (0 if mask is None else mask)).softmax(-1)
+        x = x + (0 if mask is None else mask)
+        if (sinks := kwargs.get("s_aux")) is not None:
+            x = torch.cat([x, sinks.view(1, -1, 1, 1).expand(*x.shape[:-1], 1)], -1)
+        pattern = x.softmax(-1)[..., : key.shape[2]]
         if rows is not None:
             rows(module.layer_idx, pattern)
         return (pattern @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), pattern

