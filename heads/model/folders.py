@@ -57,7 +57,8 @@ def digest(file: Path) -> str:
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=store.parent, delete=False, encoding="utf-8") as aside:
-            json.dump({**found, key: [*state, value]}, aside)
+            still = {file: kept for file, kept in found.items() if Path(file).exists()}
+            json.dump({**still, key: [*state, value]}, aside)
         os.replace(aside.name, store)
     except OSError:  # a cache that cannot be written: computed again next time
         pass
