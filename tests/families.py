@@ -157,9 +157,14 @@ def difference(logits, task) -> torch.Tensor:
 # ------------------------------------------------------------------------------- checks of what is offered
 
 
+def attention_layer(model) -> int:
+    """One that has heads, not the first if there are more."""
+    return model.anatomy.attention_layers[:2][-1]
+
+
 def edits(model):
     """Zeroing a head, in a trace and by a hook."""
-    ids, layer, head = ids_of(), 1, model.anatomy.n_heads - 1
+    ids, layer, head = ids_of(), attention_layer(model), model.anatomy.n_heads - 1
     with model.trace(ids):
         model.layers[layer].attn.heads[:, :, head] = 0
         ours = model.logits.save()
@@ -169,14 +174,15 @@ def edits(model):
 
 def pattern(model):
     """Patterns are those of eager attention."""
-    ids = ids_of()
+    ids, layer = ids_of(), attention_layer(model)
     with model.trace(ids):
-        ours = model.layers[2].attn.pattern.save()
+        ours = model.layers[layer].attn.pattern.save()
     with eager(model) as module, torch.no_grad():
         theirs = [x for x in module(input_ids=ids, output_attentions=True).attentions if x is not None]
-    if hasattr(model.layers[2].attn._module, "sinks") and theirs[2].sum(-1).min() > 0.99:
+    theirs = theirs[model.anatomy.attention_layers.index(layer)]
+    if hasattr(model.layers[layer].attn._module, "sinks") and theirs.sum(-1).min() > 0.99:
         ours = ours / ours.sum(-1, keepdim=True)  # Granite's with windows shows its rows before the sink takes its share
-    near(ours, theirs[2])
+    near(ours, theirs)
 
 
 def padding(model):
@@ -192,11 +198,12 @@ def padding(model):
 
 def generate(model):
     """Greedy tokens with a head cut, cached, against a plain model that reads everything again."""
-    ids, cached = ids_of(1), heads.ablate(model, [(1, 0)])
+    ids, layer = ids_of(1), attention_layer(model)
+    cached = heads.ablate(model, [(layer, 0)])
     with cached.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0) as tracer:
         ours = tracer.result.save()
     theirs = ids
-    with cut(model, 1, 0):
+    with cut(model, layer, 0):
         for _ in range(5):
             theirs = torch.cat([theirs, plain(model, theirs)[:, -1:].argmax(-1)], 1)
     assert ours[0].tolist() == theirs[0].tolist(), "other tokens"
@@ -252,7 +259,7 @@ def direct(model):
 def ov(model):
     """What a head writes of one token, from weights, against what its layer puts out less what it puts out without it."""
     ids = ids_of(5, 1)
-    for layer, head in ((0, 1), (2, 3)):
+    for layer, head in {(attention_layer(model), 1), (model.anatomy.attention_layers[-1], 3)}:
         seen = []
         handles = [
             model.layers[layer]._module.register_forward_pre_hook(
@@ -274,7 +281,7 @@ def ov(model):
 
 def qk(model):
     """The order of what one query gives two keys, from weights, is that of the attention call's own queries and keys."""
-    ids, layer = ids_of(6, 1), 2
+    ids, layer = ids_of(6, 1), attention_layer(model)
     with model.trace(ids):
         x = model.layers[layer].input.save()
         q, k = model.layers[layer].attn.q.save(), model.layers[layer].attn.k.save()

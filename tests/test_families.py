@@ -111,7 +111,7 @@ def test_an_adapter_belongs_to_the_circuit():
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("deepseek_v3", "one latent vector .MLA."), ("qwen3_next", r"layers \[0, 1, 2\] of this qwen3_next model have no self_attn"),
+    ("deepseek_v3", "one latent vector .MLA."), ("mamba", "no layers in a mamba model"), ("jetmoe", "no layer of this jetmoe model"),
     ("gptj", "computes its attention by itself"), ("falcon", "computes its attention by itself"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_its_reason(kind, words):
@@ -125,6 +125,23 @@ def test_a_family_without_a_row_says_what_was_checked(tmp_path):
     heads.model.tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="olmo is not a listed family; it loads. Checked: heads, patterns, edits.*not offered: "):
         heads.load(str(tmp_path), device="cpu")
+
+
+def test_a_hybrid_has_heads_where_it_has_attention():
+    """Qwen3-Next: one layer of four. Reading, cutting and generating there are in tests/families.py."""
+    model, task = small("qwen3_next"), task_of()
+    assert model.anatomy.attention_layers == [3] and model.anatomy.n == 4 and "(heads in layers 3 only)" in str(model.anatomy)
+    with pytest.raises(IndexError, match=r"layer 1 has no heads: only \[3\] are attention layers"):
+        heads.ablate(model, [(1, 0)])
+    for verb in (
+        lambda: heads.ablation_scores(model, task), lambda: heads.path_scores(model, task), lambda: heads.attention_to(model, task),
+        lambda: heads.direct_attribution(model, task), lambda: heads.attribution_patching(model, task),
+        lambda: heads.head_means(model, ["a", "b"]), lambda: next(heads.decode_rows(model, task.ids[:1])),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="only layers .3. of this qwen3_next model have heads|puts out something else"):
+            verb()
+    with pytest.raises(ValueError, match="keeps the beginning of a prompt once fails"):
+        heads.Prefix(model, task.ids)
 
 
 @pytest.mark.parametrize("phase, at", [("both", slice(None)), ("decode", [11])])

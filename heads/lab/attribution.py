@@ -14,7 +14,7 @@ import torch
 
 from heads.metrics import Metric, logit_difference, named
 from heads.model.offers import require
-from heads.model.weights import norm, output_projection, post_norms, projection, row_of, finished
+from heads.model.weights import heads_everywhere, norm, output_projection, post_norms, projection, row_of, finished
 from heads.names import known
 from heads.scores import Effects
 from heads.tasks.base import DIRECTIONS, Task
@@ -139,6 +139,7 @@ def direct_attribution(
             not the sum of what is written to it (scaled residuals).
     """
     read = _differentiable(metric)
+    heads_everywhere(model)
     require(model, "readout", "mlp")
     known("reference", reference, (None, "mean"))
     found = [_attribute(model, part, read, keep=reference == "mean") for part in task.batches(batch)]
@@ -207,6 +208,7 @@ def _meant(model, task: Task, metric: str | Metric, direction: str, positions) -
     """The metric, and the task with its base run first; what cannot be meant is refused."""
     read = _differentiable(metric)
     known("direction", direction, DIRECTIONS)
+    heads_everywhere(model)
     require(model, "mlp")
     task.at(positions)
     return read, task if direction == "noising" else task.swapped()

@@ -18,6 +18,7 @@ import torch
 from heads.model.offers import require
 from heads.model.weights import (
     decoder_only,
+    heads_everywhere,
     input_norm,
     kv_head,
     mlp_norm,
@@ -200,6 +201,7 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
     Raises:
         ValueError: for lists without pairs, or pairs that point outside their list.
     """
+    heads_everywhere(model)
     require(model, "ov", "readout")
     lists = checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])

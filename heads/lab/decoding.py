@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from heads.lab.ablation import ablate
 from heads.lab.answers import AnswerScore, read
 from heads.model.prefix import Prefix, join, prefill
+from heads.model.weights import heads_everywhere
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def decode_batch(
     Raises:
         ValueError: a prompt that is not `[1, position]` with two tokens or more.
     """
+    heads_everywhere(model)
     for i, ids in enumerate(prompts):
         _check(ids, f"prompt {i}")
     if not prompts:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from heads.model.attention import call_of, pattern
+from heads.model.weights import heads_everywhere
 from heads.names import known
 from heads.scores import HeadScores
 from heads.tasks.base import Task
@@ -64,6 +65,7 @@ def _positions(task: Task, name: str, at) -> torch.Tensor:
 
 def _rows(model, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """One row of every pattern for each prompt, `[layer, prompt, head, key]`, float32 on the CPU."""
+    heads_everywhere(model)
     with model.trace(input_ids=ids.to(model.device), use_cache=False):
         found = nnsight.save([])
         for layer in model.layers:
@@ -137,6 +139,7 @@ def head_activations(model, texts: Iterable, position: int = -1, batch: int = 1)
 
 def _activations(model, texts, positions, batch: int) -> Iterator[torch.Tensor]:
     """z of every head for each text in turn, `[layer, position, head, d_head]`, float32; at some positions, or all."""
+    heads_everywhere(model)
     texts = iter(_listed(texts))
     while group := [x if isinstance(x, torch.Tensor) else model.ids(x) for x in islice(texts, batch)]:
         if bad := [list(ids.shape) for ids in group if ids.dim() != 2 or len(ids) != 1 or not ids.numel()]:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from heads.model.attention import edited
 from heads.model.prefix import Prefix
-from heads.model.weights import hooked, projection, finished
+from heads.model.weights import finished, heads_everywhere, hooked, projection
 
 
 class ReplayError(RuntimeError):
@@ -71,6 +71,7 @@ class Replay:
                 f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, "
                 "which has none: cut its heads with heads.ablate(...) and read the masked position"
             )
+        heads_everywhere(model)
         if model._edits:
             raise ReplayError(
                 "a replay runs the loaded module, without the edits of this model: sweep the unedited model, "

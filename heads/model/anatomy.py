@@ -130,7 +130,8 @@ class Attention(Envoy):
 @dataclass(frozen=True)
 class Anatomy:
     """Counts of a model's parts. `windows[i]` is the sliding window of layer i in tokens (in an encoder: on
-    either side), None where the layer sees everything."""
+    either side), None where the layer sees everything. `bare`: layers that mix positions in another way than by
+    attention (Qwen3-Next's linear ones) and have no heads."""
 
     family: str
     n_layers: int
@@ -140,19 +141,26 @@ class Anatomy:
     d_model: int
     windows: tuple[int | None, ...]
     encoder: bool = False
+    bare: tuple[int, ...] = ()
 
     def __str__(self):
         kv = "" if self.n_kv_heads == self.n_heads else f" ({self.n_kv_heads} key-value heads)"
         local = sum(w is not None for w in self.windows)
         windows = f", {local} layers with a sliding window of {min(w for w in self.windows if w)}" if local else ""
-        return f"{self.family}: {self.n_layers} layers x {self.n_heads} heads{kv}, d_head {self.d_head}{windows}"
+        only = f" (heads in layers {', '.join(map(str, self.attention_layers))} only)" if self.bare else ""
+        return f"{self.family}: {self.n_layers} layers x {self.n_heads} heads{kv}, d_head {self.d_head}{windows}{only}"
 
     __repr__ = __str__
 
     @property
     def n(self) -> int:
         """Number of heads in the whole model."""
-        return self.n_layers * self.n_heads
+        return len(self.attention_layers) * self.n_heads
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Layers with heads."""
+        return [i for i in range(self.n_layers) if i not in self.bare]
 
     @property
     def full_layers(self) -> list[int]:
@@ -177,6 +185,8 @@ class Anatomy:
                     f"head ({layer}, {head}) does not exist: the model has layers 0 to {self.n_layers - 1} "
                     f"with heads 0 to {self.n_heads - 1} each"
                 )
+            if layer in self.bare:
+                raise IndexError(f"layer {layer} has no heads: only {self.attention_layers} are attention layers")
             found.add((layer, head))
         return sorted(found)
 
@@ -237,10 +247,10 @@ def bind(model) -> Anatomy:
     except RuntimeError as error:  # transformers' word for a config with a value for each layer
         raise ValueError(f"the layers of a {config.model_type} model differ in their heads, which is not supported yet "
                          f"({str(error).split('.')[0]})") from None  # fmt: skip
-    if bare := [i for i, layer in enumerate(model.layers) if not hasattr(layer._module, names.attn.split(".")[0])]:
-        raise ValueError(f"layers {bare} of this {config.model_type} model have no {names.attn}: a model in which only some "
-                         "layers have heads is not supported yet")  # fmt: skip
-    for layer in model.layers:
+    bare = tuple(i for i, layer in enumerate(model.layers) if not hasattr(layer._module, names.attn.split(".")[0]))
+    if len(bare) == n_layers:
+        raise ValueError(f"no layer of this {config.model_type} model has a {names.attn}: no attention, or of another name")
+    for layer in (layer for i, layer in enumerate(model.layers) if i not in bare):
         attn = layer.attn
         caller = getattr(attn, names.call) if names.call else attn
         prefix = f"{names.call}." if names.call else ""
@@ -265,5 +275,6 @@ def bind(model) -> Anatomy:
         d_head=d_head,
         d_model=config.hidden_size,
         windows=seen,
+        bare=bare,
         encoder=names.encoder,
     )

@@ -43,12 +43,13 @@ def identities(model) -> dict[str, float]:
     # spread over the vocabulary, so that neighbouring rows of an embedding table do not matter
     ids = torch.linspace(1, size - 1, 6, device=model.device).long()[None]
     tolerance = {torch.float32: 1e-4, torch.float16: 1e-2}.get(model._module.dtype, 4e-2)
+    layer = anatomy.attention_layers[len(anatomy.attention_layers) // 2]
     with torch.no_grad():
         return {
             "sum": _sum(model, ids, tolerance),
-            "knock-out": _knock_out(model, ids, tolerance, layer=anatomy.n_layers // 2, head=anatomy.n_heads - 1),
+            "knock-out": _knock_out(model, ids, tolerance, layer, head=anatomy.n_heads - 1),
             "no-op": _no_op(model, ids),
-            "pattern": _pattern(model, ids, tolerance, layer=anatomy.n_layers // 2),
+            "pattern": _pattern(model, ids, tolerance, layer),
             "plain": _plain(model, ids, tolerance),
         }
 
@@ -56,21 +57,21 @@ def identities(model) -> dict[str, float]:
 def _sum(model, ids, tolerance) -> float:
     z, out, q = [], [], []
     with model.trace(ids):
-        for i, layer in enumerate(model.layers):
-            q.append(layer.attn.q.shape)
-            z.append(layer.attn.heads.clone())
+        for i in model.anatomy.attention_layers:
+            q.append(model.layers[i].attn.q.shape)
+            z.append(model.layers[i].attn.heads.clone())
             out.append(projection_envoy(model, i).output.clone())
         nnsight.save(q), nnsight.save(z), nnsight.save(out)
     worst = 0.0
-    for i in range(model.anatomy.n_layers):
+    for i, q_shape, z_i, out_i in zip(model.anatomy.attention_layers, q, z, out, strict=True):
         expected = (model.anatomy.n_heads, model.anatomy.d_head)
-        for what, shape in (("queries", q[i]), ("heads", z[i].shape)):
+        for what, shape in (("queries", q_shape), ("heads", z_i.shape)):
             if tuple(shape[2:]) != expected:
                 found = tuple(shape[2:])
                 raise IdentityError(f"layer {i}: the {what} are {found} (heads, d_head), the config says {expected}")
         bias = projection(model, i).bias
-        summed = head_outputs(model, i, z[i]).sum(-2) + (0 if bias is None else bias)
-        worst = max(worst, _same(summed, out[i], tolerance, f"layer {i}: the heads do not sum to the attention output"))
+        summed = head_outputs(model, i, z_i).sum(-2) + (0 if bias is None else bias)
+        worst = max(worst, _same(summed, out_i, tolerance, f"layer {i}: the heads do not sum to the attention output"))
     return worst
 
 
@@ -120,8 +121,8 @@ def _plain(model, ids, tolerance) -> float:
 
 def _no_op(model, ids) -> float:
     def rewrite(layers):
-        for layer in layers:
-            layer.attn.heads[:] = layer.attn.heads.clone()
+        for i in model.anatomy.attention_layers:
+            layers[i].attn.heads[:] = layers[i].attn.heads.clone()
 
     if not torch.equal(_logits(model, ids), _logits(model, ids, rewrite)):
         raise IdentityError("writing every head back as it was read changes the logits")

@@ -76,7 +76,8 @@ def _why(check: Callable, model, seen: dict) -> str:
 
 
 def _seen(model) -> dict:
-    """What every layer is given and gives, of three prompts of one token each: lists over layers of `[token, ...]`."""
+    """What every layer is given and gives, of three prompts of one token each: lists of `[token, ...]` over layers ("x",
+    "out", "mlp", "mlp_in") or over attention layers."""
     module, a = model._module, model.anatomy
     size = model.config.get_text_config().vocab_size
     ids = torch.linspace(size // 7, size - 2, 3, device=model.device).long()[:, None]
@@ -96,18 +97,19 @@ def _seen(model) -> dict:
 
     hooks = []
     for i, layer in enumerate(model.layers):
-        attn, mlp = layer.attn._module, getattr(layer, "mlp", None)
         hooks += [
             (layer._module.register_forward_pre_hook, call, {"with_kwargs": True}),
-            (projection(model, i).register_forward_pre_hook, lambda m, args: keep("z", args[0]), {}),
-            (attn.register_forward_hook, lambda m, args, out: keep("attn", out), {}),
             (layer._module.register_forward_hook, lambda m, args, out: keep("out", out), {}),
         ]
-        if mlp is not None:
-            mlp = mlp._module
+        if i not in a.bare:
             hooks += [
-                (mlp.register_forward_pre_hook, lambda m, args: keep("mlp_in", args[0]), {}),
-                (mlp.register_forward_hook, lambda m, args, out: seen["mlp"].append(out), {}),
+                (projection(model, i).register_forward_pre_hook, lambda m, args: keep("z", args[0]), {}),
+                (layer.attn._module.register_forward_hook, lambda m, args, out: keep("attn", out), {}),
+            ]
+        if (mlp := getattr(layer, "mlp", None)) is not None:
+            hooks += [
+                (mlp._module.register_forward_pre_hook, lambda m, args: keep("mlp_in", args[0]), {}),
+                (mlp._module.register_forward_hook, lambda m, args, out: seen["mlp"].append(out), {}),
             ]
     with hooked(*hooks), watched(module, see):
         seen["logits"] = module(input_ids=ids).logits[:, -1]
@@ -120,9 +122,9 @@ def _seen(model) -> dict:
 
 def _ov(model, seen: dict):
     """The values are N(x) W_V, and what the pattern makes of them enters the output projection as it is."""
-    for i, (x, v, mixed, z) in enumerate(zip(seen["x"], seen["v"], seen["mixed"], seen["z"])):
+    for i, v, mixed, z in zip(model.anatomy.attention_layers, seen["v"], seen["mixed"], seen["z"], strict=True):
         weight, bias = project(model, i, "v")
-        ours = torch.einsum("tm,hmd->thd", input_norm(model, i)(x), weight)
+        ours = torch.einsum("tm,hmd->thd", input_norm(model, i)(seen["x"][i]), weight)
         yield f"N(x) W_V of layer {i}, against its values,", ours if bias is None else ours + bias, v
         yield f"what enters the output projection of layer {i}, against pattern times values,", mixed, z
 
@@ -131,13 +133,13 @@ def _qk(model, seen: dict):
     """Entry by entry, queries times keys are N(x) W_Q times N(x) W_K, up to a positive factor where a norm divides."""
     heads = range(model.anatomy.n_heads)
     kv = [kv_head(model, head) for head in heads]
-    for i, x in enumerate(seen["x"]):
-        x = input_norm(model, i)(x)
+    for i, their_q, their_k in zip(model.anatomy.attention_layers, seen["q"], seen["k"], strict=True):
+        x = input_norm(model, i)(seen["x"][i])
         (w_q, b_q), (w_k, b_k) = project(model, i, "q"), project(model, i, "k")
         q, k = torch.einsum("tm,hmd->thd", x, w_q), torch.einsum("tm,hmd->thd", x, w_k)
         q, k = q if b_q is None else q + b_q, k if b_k is None else k + b_k
         ours = (q * qk_fold(model, i) * qk_scale(model, i))[:, None] * k[None][:, :, kv]  # [query, key, head, d_head]
-        theirs = seen["q"][i][:, None] * seen["k"][i][None][:, :, kv]
+        theirs = their_q[:, None] * their_k[None][:, :, kv]
         if qk_norms(model, i):
             ours, theirs = (y / y.norm(dim=-1, keepdim=True) for y in (ours, theirs))
         yield f"queries times keys of layer {i}, against N(x) W_Q and N(x) W_K,", ours, theirs
@@ -161,6 +163,8 @@ def _mlp(model, seen: dict):
 
 def _mlp0(model, seen: dict):
     """The first MLP reads the stream through its norm, and what it gives, through its own, is what the layer adds."""
+    if 0 in model.anatomy.bare:
+        raise ValueError("its first layer has no heads")
     x, attn, mlp_in, mlp, out = (seen[key][0] for key in ("x", "attn", "mlp_in", "mlp", "out"))
     if mlp_in.shape != x.shape:
         raise ValueError("its MLP is not one module that reads the stream")
@@ -174,6 +178,8 @@ def _mlp0(model, seen: dict):
 
 def _readout(model, seen: dict):
     """The last stream through final norm, unembedding, scale and cap gives the model's logits."""
+    if len(seen["out"]) != model.anatomy.n_layers:
+        raise ValueError("not every layer of it runs on text alone")
     ours = finished(model, model.unembed._module(model.final_norm._module(seen["out"][-1])))
     yield "the last stream through final norm and unembedding, against the logits,", ours, seen["logits"]
 

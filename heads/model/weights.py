@@ -25,6 +25,15 @@ def decoder_only(model) -> None:
         raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
 
 
+def heads_everywhere(model) -> None:
+    """Refuse a model in which only some layers have heads. ValueError names them."""
+    if model.anatomy.bare:
+        raise ValueError(
+            f"only layers {model.anatomy.attention_layers} of this {model.anatomy.family} model have heads, and this reads every "
+            "layer: read and cut those in a trace, or by ablate"
+        )
+
+
 @contextmanager
 def hooked(*hooks: tuple[Callable, Callable, dict]) -> Iterator[None]:
     """Torch hooks for the length of a `with`: (register, function, keywords) each."""
