@@ -108,9 +108,11 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
     """A metric of a model, edited or not, on every prompt of a task: `[prompt]`, float32 on the CPU.
 
     Raises:
-        ValueError: for KL, which compares with a base run: use a sweep's `metric=`.
+        ValueError: for KL, which compares with a base run: use a sweep's `metric=`; for an encoder.
     """
     read = named(metric)
+    if model.anatomy.encoder:
+        raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
     if read is kl:
         raise ValueError("KL compares two runs: give it as the metric of a sweep, or compare two models' logits")
     values = []

@@ -8,8 +8,9 @@ import torch
 from conftest import ids_of, logits_of, near, plain_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import eager
 
-from heads.model.attention import attention, mix, pattern
+from heads.model.attention import attention, edited, mix, pattern
 from heads.model.prefix import Prefix
 
 MODULE = SimpleNamespace(layer_idx=0, is_causal=True, num_key_value_groups=2, training=False)
@@ -70,6 +71,39 @@ def test_a_soft_cap_bounds_the_logits():
 def test_attention_sinks_are_refused():
     with pytest.raises(NotImplementedError, match="sinks"):
         attention(MODULE, *qkv(2, 2), None, s_aux=torch.zeros(4))
+
+
+def test_an_edit_inside_another_gives_it_back():
+    module, (q, k, v) = SimpleNamespace(**vars(MODULE)), qkv(3, 3)
+    run = lambda: attention(module, q, k, v, None)[0]  # noqa: E731
+    with edited(module, lambda q, k, v: (q, k, 0 * v)):
+        assert (run() == 0).all()
+        with edited(module, lambda q, k, v: (q, k, 0 * v + 1)):
+            near(run(), torch.ones_like(run()))
+        assert (run() == 0).all()
+        with edited(module, None):
+            assert (run() == 0).all()
+        assert (run() == 0).all()
+    assert (run() != 0).any()
+
+
+@pytest.mark.parametrize("second", [1, 2])
+def test_edits_of_one_pattern_stack(decoder, second):
+    ids, plain = ids_of(decoder), plain_of(decoder)
+    model, kept = decoder, torch.eye(12)[0].expand(12, 12).clone()
+    for head in (1, second):
+        with model.edit() as (tracer, model):
+            for _ in tracer.iter[:]:
+                pattern = model.layers[2].attn.pattern
+                pattern[:, head] = (pattern[:, head] + kept) / 2
+
+    def rows(layer, pattern):
+        for head in (1, second) if layer == 2 else ():
+            pattern[:, head] = (pattern[:, head] + kept) / 2
+
+    for _ in range(2):  # a second run finds them as they were
+        with eager(plain, rows=rows):
+            near(logits_of(model, ids), plain(ids).logits)
 
 
 # ----------------------------------------------------------------------------------- a shared prefix

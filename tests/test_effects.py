@@ -34,7 +34,7 @@ def test_a_small_gap_is_not_divided_by():
         Effects(np.ones((2, 1, 1)), [1.0, 1.0]).normalised()
     with pytest.raises(ValueError, match="undefined"):
         Effects(np.ones((2, 1, 1)), [1.0, -1.0]).relative()
-    with pytest.raises(ValueError, match="senders"):
+    with pytest.raises(ValueError, match="ask for mlp_senders=True"):
         found.mlps  # noqa: B018
 
 

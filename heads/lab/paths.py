@@ -28,7 +28,7 @@ from tqdm import tqdm
 from heads.lab.attribution import activations
 from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
-from heads.model.weights import hooked, output_projection
+from heads.model.weights import decoder_only, hooked, output_projection
 from heads.names import known
 from heads.scores import Effects, Head
 from heads.tasks.base import Task
@@ -69,8 +69,7 @@ class Route:
                 f"with all heads held still, nothing written at {self.position} reaches the logits at END: "
                 "use position='END', or give receivers that carry it there"
             )
-        if model.anatomy.encoder:
-            raise ValueError(f"path patching needs a causal model, {model.anatomy.family} is an encoder")
+        decoder_only(model)
         return self
 
     def units(self, model, layer: int) -> list[int]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from heads.model.attention import edited
 from heads.model.prefix import Prefix
-from heads.model.weights import hooked, projection, softcapped
+from heads.model.weights import check_length, decoder_only, hooked, projection, softcapped
 
 
 class ReplayError(RuntimeError):
@@ -25,17 +26,17 @@ class ReplayError(RuntimeError):
 
 
 @contextmanager
-def swapped(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """A module that computes something else for the length of a `with`."""
-    kept = module.__dict__.get("forward")
-    module.forward = forward
+def swapped(module: torch.nn.Module, value: Any, name: str = "forward") -> Iterator[None]:
+    """A module that computes something else, or whose attribute of another name is another, for the length of a `with`."""
+    kept = module.__dict__.get(name)
+    module.__dict__[name] = value
     try:
         yield
     finally:
         if kept is None:
-            del module.forward
+            del module.__dict__[name]
         else:
-            module.forward = kept
+            module.__dict__[name] = kept
 
 
 def _first(output) -> torch.Tensor:
@@ -66,18 +67,15 @@ class Replay:
     def __init__(self, model, ids: torch.Tensor, start: int = 0, keep_parts: bool = False, check: bool = True):
         self.model, self.ids, self.start = model, ids.to(model.device), start
         self.n_layers, self.n_prompts = model.anatomy.n_layers, len(ids)
-        if model.anatomy.encoder:
-            raise ValueError(
-                f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, "
-                "which has none: cut its heads with heads.ablate(...) and read the masked position"
-            )
+        decoder_only(model)
         if model._edits:
             raise ReplayError(
                 "a replay runs the loaded module, without the edits of this model: sweep the unedited model, "
                 "or for paths take engine='literal'"
             )
+        check_length(model, ids.shape[1])
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
-        self.prefix = Prefix(model, self.ids[:, :start]) if start else None
+        self.prefix = Prefix(model, self.ids[:, :start], ids.shape[1]) if start else None
         self._run(keep_parts)
         if check:
             self.check()
@@ -114,9 +112,8 @@ class Replay:
     def _keep_heads(self, module, args):
         self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
 
-    def layer(
-        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call: tuple | None = None, edit: Callable | None = None
-    ) -> torch.Tensor:
+    def layer(self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call: tuple | None = None,
+              edit: Callable | None = None) -> torch.Tensor:  # fmt: skip
         """One layer on other rows: `[row, position, d_model]` -> the same; from the last layer END alone, which is all
         that is read there: its heads are projected, and its MLP runs, at one position.
 
@@ -132,6 +129,7 @@ class Replay:
         # Only this pass's cache: the clean run's would grow. Its name differs between architectures.
         args = tuple(cache.get("past_key_values") if isinstance(a, Cache) else a for a in args)
         kwargs = {k: cache.get("past_key_values") if isinstance(v, Cache) else v for k, v in kwargs.items()}
+
         def put(module, inputs):
             x = inputs[0].clone()
             x[-len(z) :] = z.flatten(-2)
@@ -190,7 +188,6 @@ class Replay:
 
 def chunks(units: list, size: int) -> list[list]:
     return [units[i : i + size] for i in range(0, len(units), size)]
-
 
 
 def room(model, positions: int, prompts: int, tokens: int | None) -> int:

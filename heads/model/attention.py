@@ -27,7 +27,8 @@ def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
 
 
 def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, scaling: float | None = None,
-            softcap: float | None = None, is_causal: bool | None = None, **_: Any) -> torch.Tensor:  # fmt: skip
+            softcap: float | None = None, is_causal: bool | None = None, pattern_override: torch.Tensor | None = None,
+            **_: Any) -> torch.Tensor:  # fmt: skip
     """The attention pattern of one call, as the eager formula gives it.
 
     Args:
@@ -37,10 +38,13 @@ def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor |
         mask: boolean (True = visible) or additive `[batch, 1 or head, query, key]`, or None.
         scaling: factor on the logits; `d_head ** -0.5` if None.
         softcap: cap of the logits through `tanh`, if the model has one.
+        pattern_override: what an edit has put in place of all that.
 
     Returns:
         `[batch, head, query, key]`; rows sum to one. Softmax in float32, then the query's dtype.
     """
+    if pattern_override is not None:
+        return pattern_override.clone()  # the next edit changes its own
     n_kv, n_query = key.shape[1], query.shape[2]
     q = _group(query, n_kv)
     logits = q @ key.transpose(-1, -2)
@@ -67,7 +71,8 @@ def mix(weights: torch.Tensor, value: torch.Tensor, prefix: Any = None) -> torch
 
 
 def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-              pattern_override: torch.Tensor | None = None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+              pattern_override: torch.Tensor | None = None,
+              **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
@@ -93,16 +98,15 @@ def edited(module: torch.nn.Module, edit: Callable | None) -> Iterator[None]:
     """While it lasts, `edit(query, key, value)` gives what this attention module's calls use in their place.
 
     For replays outside a trace. It sits on the module and not in the keywords of a layer, which some architectures do
-    not hand on.
+    not hand on. Inside another one the inner edit acts, or the outer one where it is None.
     """
-    module.__dict__["_edit"] = edit
+    outer = module.__dict__.get("_edit")
+    module.__dict__["_edit"] = edit or outer
     try:
         yield
     finally:
-        del module.__dict__["_edit"]
+        module.__dict__["_edit"] = outer
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
