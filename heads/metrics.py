@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from heads.names import known
+from heads.names import known, wholes
 from heads.tasks.base import Task
 
 
@@ -92,7 +92,7 @@ def contrast(options: Iterable[int], name: str = "answer minus mean of options")
     Raises:
         ValueError: for fewer than two options.
     """
-    options = tuple(int(i) for i in options)
+    options = wholes("a token id", options)
     if len(options) < 2:
         raise ValueError(f"a contrast needs at least two options, got {len(options)}")
     return Metric(name, _lead, options=options)

@@ -114,7 +114,7 @@ class HeadScores:
             raise ValueError("the overlap of two empty sets means nothing: k must be at least 1")
         mine, other = np.zeros((2, *self.shape), dtype=bool)
         mine[tuple(zip(*ours))] = other[tuple(zip(*theirs))] = True
-        null = np.array([(mine & rng.permuted(other, axis=1)).sum() for _ in range(n_shuffles)])
+        null = np.array([(mine & rng.permuted(other, axis=1)).sum() for _ in range(whole("n_shuffles", n_shuffles, 1))])
         shared = len(ours & theirs)
         high, p = np.quantile(null, 0.95), (null >= shared).mean()
         return Overlap(k, shared, k * k / len(self), float(null.mean()), float(p), float(high))

@@ -66,6 +66,7 @@ def test_roles_may_be_given(llama):
         (dict(roles={"first": torch.zeros(4)}), ValueError, "'first' needs one position below 20 for each of 5"),
         (dict(roles={"far": torch.full((5,), 20)}), ValueError, "'far' needs one position"),
         (dict(roles={"rest": torch.zeros(5)}), ValueError, "another name"),
+        (dict(roles={"half": torch.full((5,), 2.5)}), TypeError, "position of role 'half' is a whole number, not 2.5"),
     ],
 )
 def test_bad_roles_are_refused(llama, arguments, error, words):

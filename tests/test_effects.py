@@ -87,6 +87,8 @@ def test_a_contrast_needs_options(llama):
     )
     with pytest.raises(ValueError, match="two options"):
         metrics.contrast([1])
+    with pytest.raises(TypeError, match="a token id is a whole number, not 2.7"):
+        metrics.contrast([1, 2.7])
 
 
 def parts(n=3, length=6):

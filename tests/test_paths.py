@@ -117,7 +117,7 @@ def test_bad_routes_are_refused_before_any_forward(llama, monkeypatch, call, err
 
 def test_encoders_have_no_paths():
     model = tiny("bert")
-    with pytest.raises(ValueError, match="causal"):
+    with pytest.raises(ValueError, match="encoder"):
         heads.path_scores(model, toy(model))
 
 

@@ -401,7 +401,7 @@ def test_encoders_can_be_tuned_too():
 def test_what_has_no_token_is_refused(llama):
     with pytest.raises(ValueError, match="an empty prompt before 'abc'"):
         heads.examples(llama, [("xyz", "abc"), ("", "abc")])
-    with pytest.raises(ValueError, match="first=0"):
+    with pytest.raises(ValueError, match="first is at least 1, not 0"):
         heads.examples(llama, [("xyz", "abc")], first=0)
 
 

@@ -65,8 +65,8 @@ def examples(model, pairs: Iterable[tuple[str, str]], first: int | None = None, 
     Raises:
         ValueError: naming a pair whose answer is empty or melts into the prompt's last token.
     """
-    if first is not None and first < 1:
-        raise ValueError(f"first={first}: at least one token of each answer is kept")
+    if first is not None:
+        whole("first", first, 1)
     found = []
     for prompt, answer in pairs:
         ids = model.tokenizer(prompt).input_ids

@@ -95,18 +95,15 @@ class Places:
         from_end = number - real  # -1 at the last token of the prompt, 0 at the first generated one
         if isinstance(self.positions, tuple):
             more = (given.get("max_new_tokens") or inf) if generates else inf if told and past is not None else end - prompt
-            self._exist(int(real.max()), more if self.decode is None or told == inf else 0, told == inf)
+            more, longest = more if self.decode is None or told == inf else 0, int(real.max())
+            if told == inf and min(self.positions, default=0) < 0:
+                raise ValueError(f"positions {self.positions} count from an end that this prefix does not know: give it prompt=")
+            if beyond := [p for p in self.positions if not -longest <= p < longest + more]:
+                raise IndexError(f"positions {beyond}: the longest row has {longest} tokens")
         named = self._in_prompt(number, from_end, start, (prompts, prompt), rows)
         phase = {"both": True, "prefill": from_end < -1, "decode": from_end >= -1}[self.phase]
         at = (number >= 0) & phase & torch.where(from_end < 0, named, self._generated(number, from_end))
         return Here(at, number, prompts)
-
-    def _exist(self, longest: int, more: float, prefix: bool) -> None:
-        """Refuse positions that no prompt has, and none of the `more` tokens that follow it."""
-        if prefix and min(self.positions, default=0) < 0:
-            raise ValueError(f"positions {self.positions} count from an end that this prefix does not know: give it prompt=")
-        if beyond := [p for p in self.positions if not -longest <= p < longest + more]:
-            raise IndexError(f"positions {beyond}: the longest row has {longest} tokens")
 
     def _in_prompt(self, number, from_end, start: int, shape: tuple[int, int], rows: int) -> torch.Tensor:
         """Which tokens of a pass that begins at column `start` are named, were they all of the prompt."""

@@ -59,7 +59,7 @@ def _positions(task: Task, name: str, at) -> torch.Tensor:
         raise ValueError("'rest' is what no role holds: give this role another name")
     if at.shape != (len(task),) or (at < 0).any() or (at >= length).any():
         raise ValueError(f"role {name!r} needs one position below {length} for each of {len(task)} prompts")
-    return at.long()
+    return torch.tensor(wholes(f"the position of role {name!r}", at))
 
 
 def _rows(model, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from heads.model.attention import edited
 from heads.model.prefix import Prefix
 from heads.model.weights import check_length, decoder_only, hooked, projection, softcapped
 
@@ -28,15 +27,14 @@ class ReplayError(RuntimeError):
 @contextmanager
 def swapped(module: torch.nn.Module, value: Any, name: str = "forward") -> Iterator[None]:
     """A module that computes something else, or whose attribute of another name is another, for the length of a `with`."""
-    kept = module.__dict__.get(name)
-    module.__dict__[name] = value
+    own = vars(module)
+    kept = {key: own[key] for key in own.keys() & {name}}
+    own[name] = value
     try:
         yield
     finally:
-        if kept is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = kept
+        del own[name]
+        own |= kept
 
 
 def _first(output) -> torch.Tensor:
@@ -123,7 +121,7 @@ class Replay:
             z: `[row, position, head, d_head]` for the last `len(z)` rows: their heads, instead of what the
                 layer's attention gives.
             call: (arguments, keywords) for the layer, instead of those of the clean run.
-            edit: (query, key, value) -> what the attention call uses in their place.
+            edit: (query, key, value) -> what the attention call uses in their place; None leaves that of an outer `with`.
         """
         args, kwargs = call or self.calls[i]
         # Only this pass's cache: the clean run's would grow. Its name differs between architectures.
@@ -141,8 +139,8 @@ class Replay:
             # What they return is added to the residual stream of every position, of which END is right.
             end = lambda module, inputs: (inputs[0][:, -1:], *inputs[1:])  # noqa: E731
             hooks += [(module.register_forward_pre_hook, end, {}) for module in (heads, mlp)]
-        module = self.model.layers[i]
-        with torch.no_grad(), hooked(*hooks), edited(module.attn._module, edit):
+        module, attn = self.model.layers[i], self.model.layers[i].attn._module
+        with torch.no_grad(), hooked(*hooks), swapped(attn, edit or vars(attn).get("_edit"), "_edit"):
             hidden = _first(module._module(hidden, *args, **kwargs))
         return hidden[:, -1:] if last else hidden
 

@@ -135,8 +135,8 @@ class Steering:
         now, module = {}, self.model._module
 
         def start(_, args, kwargs):
-            now["at"] = self.places.of(named_inputs(args, kwargs), **module.__dict__.get("_run", {})).at
-            now["tables"] = self.tables()
+            at = self.places.of(named_inputs(args, kwargs), **vars(module).get("_run", {})).at
+            now.update(at=at, tables=self.tables())
 
         def generate(*args, **kwargs):
             with swapped(module, {"given": named_inputs(args, kwargs), "generates": True}, "_run"):

@@ -8,8 +8,6 @@ and a prompt of any length is prefilled without a `[head, position, position]` t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,7 +74,9 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
-    `layers[i].attn.pattern` becomes. Returns (`[batch, query, head, d_head]`, pattern or None).
+    `layers[i].attn.pattern` becomes. For replays outside a trace the module's own
+    `_edit(query, key, value)`, if it has one, gives what is used in their place: not every architecture hands on the keywords
+    of a layer. Returns (`[batch, query, head, d_head]`, pattern or None).
     """
     prefix = getattr(key, "prefix", None)
     if (edit := module.__dict__.get("_edit")) is not None:
@@ -91,21 +91,6 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         weights = pattern(module, query, key, attention_mask, **kwargs)
     return mix(weights, value, prefix), weights
-
-
-@contextmanager
-def edited(module: torch.nn.Module, edit: Callable | None) -> Iterator[None]:
-    """While it lasts, `edit(query, key, value)` gives what this attention module's calls use in their place.
-
-    For replays outside a trace. It sits on the module and not in the keywords of a layer, which some architectures do
-    not hand on. Inside another one the inner edit acts, or the outer one where it is None.
-    """
-    outer = module.__dict__.get("_edit")
-    module.__dict__["_edit"] = edit or outer
-    try:
-        yield
-    finally:
-        module.__dict__["_edit"] = outer
 
 
 AttentionInterface.register(NAME, attention)

@@ -21,9 +21,8 @@ def row_of(model) -> Family:
 
 def decoder_only(model) -> None:
     """Refuse an encoder, loaded or a module of transformers. ValueError says why."""
-    kind = model.config.get_text_config().model_type
     if row_of(model).encoder:
-        raise ValueError(f"{kind} is an encoder: its END predicts nothing. Use a decoder")
+        raise ValueError(f"{model.config.model_type} is an encoder: its END predicts nothing. Use a decoder")
 
 
 def check_length(model, n: int) -> None:
