@@ -185,7 +185,7 @@ def random_heads(like: Iterable[Head], shape: tuple[int, int], match: str = "lay
         ValueError: if too few heads are left, in a layer or in all. TypeError: a layer or head that is no whole number.
     """
     known("match", match, ("layer", "near", "none"))
-    like, exclude = ([wholes("a layer or head", pair) for pair in some] for some in (like, exclude))
+    like, exclude = ([wholes("a layer or head", (layer, head)) for layer, head in some] for some in (like, exclude))
     if outside := [pair for pair in like if not (0 <= pair[0] < shape[0] and 0 <= pair[1] < shape[1])]:
         raise ValueError(f"head {outside[0]} does not exist in {shape[0]} layers of {shape[1]} heads: it has no controls")
     barred = {*like, *exclude}

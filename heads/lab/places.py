@@ -66,7 +66,7 @@ class Places:
         if not isinstance(self.decode, (bool, type(None))):
             object.__setattr__(self, "decode", wholes("the number of a generated token", self.decode, 1))
         if self.prompt is not None:
-            whole("the prompt's length", self.prompt, 1)
+            object.__setattr__(self, "prompt", whole("the prompt's length", self.prompt, 1))
 
     def now(self, model) -> Here:
         """Of the pass that is running. Call inside a trace, once per forward: it always reads the model's inputs, since

@@ -90,7 +90,9 @@ class SharedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
         n, rows, run = len(self.prefix_keys), len(key_states), vars(self._model()).get("_run", {})
-        if rows % n or 1 < n < rows and run.get("generates") and rows != len(run["given"]["input_ids"]):
+        given = run.get("given", {})
+        beams = run.get("generates") and rows != len(given.get("input_ids", given.get("inputs_embeds")))
+        if rows % n or n > 1 and n != rows and beams:
             keep = "for k beams of each, keep every row: heads.Prefix(model, ids.repeat_interleave(k, 0))"
             raise ValueError(f"{rows} rows cannot continue {n} prompts: row r continues prompt r modulo {n}; {keep}")
         keys, values = super().update(key_states, value_states)
