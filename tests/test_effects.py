@@ -136,6 +136,9 @@ def test_build_drops_what_a_tokenizer_cannot_use_and_says_why():
     )
     assert len(task) == 1 and task.roles["last"].item() == 4
     assert [reason for _, reason in task.dropped] == [
-        "'ee' is not one token after its prompt", "5 tokens, but its corrupted twin has 2", "3 tokens, most have 5"]  # fmt: skip
+        "'ee' is not one token after its prompt",
+        "5 tokens, but its corrupted twin has 2",
+        "3 tokens, most have 5",
+    ]
     with pytest.raises(ValueError, match="no item can be used.*not one token"):
         build(model, "t", [Item("ab", "ee", ("f",), "ac")])

@@ -109,7 +109,7 @@ def test_a_full_disk_does_not_lose_the_result(llama, cache, monkeypatch, place):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not kept, toy-.* cannot be written.*No space left"):
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not kept, toy-.*written.*No space left"):
         patch.setattr(Path if place == "write_bytes" else os, place, full)
         found = heads.kept(toy, llama)
     assert found["text"][0] == "ä" and not [path for path in cache.iterdir() if path.suffix != ".lock"]

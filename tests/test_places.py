@@ -120,7 +120,7 @@ def test_a_prefix_of_an_edited_model_is_no_prompt_of_its_own(decoder, cut, where
         whole = plain(ids).logits[:, cut:]
     for prompt in (PROMPT, None):
         if prompt is None and min(where["positions"] if isinstance(where.get("positions"), list) else [0]) < 0:
-            with pytest.raises(Exception, match="count from an end that this prefix does not know: give it prompt="):
+            with pytest.raises(Exception, match="count from an end that a prefix cannot know: give it prompt"):
                 heads.Prefix(edited, ids[:, :cut])
         else:
             cache = heads.Prefix(edited, ids[:, :cut], prompt=prompt).cache()
@@ -226,7 +226,7 @@ def test_what_is_no_place_is_refused(arguments, error, words):
 def test_positions_that_no_row_has_are_refused(llama):
     with pytest.raises(Exception, match=r"positions \[40\]: the longest row has 9 tokens"):
         logits_of(heads.ablate(llama, HEADS, positions=[40]), ids_of(llama, length=9))
-    for where, words in (({"positions": [0, 99]}, r"positions \[99\]: the longest row has 9"), ({"prompt": 99}, "has 9 tokens"),
+    for where, words in (({"positions": [0, 99]}, r"positions \[99\]: the longest row has 9"), ({"prompt": 99}, "has 9"),
                          ({"positions": [9], "decode": False}, r"\[9\]"), ({"positions": [13]}, r"\[13\]"),
                          ({"positions": [-10]}, r"\[-10\]")):  # fmt: skip
         with pytest.raises(Exception, match=words):

@@ -102,7 +102,8 @@ def test_a_run_longer_than_the_context_says_so(any_model):
 
 def test_what_runs_without_a_trace_says_so_too():
     model, row = tiny("gpt2"), list(range(5, 200)) * 3
-    for long in (lambda: token_losses(model, [row]), lambda: heads.ablation_scores(model, toy(model, 2, 600), progress=False)):
+    task = toy(model, 2, 600)
+    for long in (lambda: token_losses(model, [row]), lambda: heads.ablation_scores(model, task, progress=False)):
         with pytest.raises(ValueError, match="of this gpt2 model's context"):
             long()
     with warnings.catch_warnings():

@@ -97,7 +97,7 @@ class Places:
             more = (given.get("max_new_tokens") or inf) if generates else inf if told and past is not None else end - prompt
             more, longest = more if self.decode is None or told == inf else 0, int(real.max())
             if told == inf and min(self.positions, default=0) < 0:
-                raise ValueError(f"positions {self.positions} count from an end that this prefix does not know: give it prompt=")
+                raise ValueError(f"positions {self.positions} count from an end that a prefix cannot know: give it prompt")
             if beyond := [p for p in self.positions if not -longest <= p < longest + more]:
                 raise IndexError(f"positions {beyond}: the longest row has {longest} tokens")
         named = self._in_prompt(number, from_end, start, (prompts, prompt), rows)

@@ -74,9 +74,9 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
-    `layers[i].attn.pattern` becomes. For replays outside a trace the module's own
-    `_edit(query, key, value)`, if it has one, gives what is used in their place: not every architecture hands on the keywords
-    of a layer. Returns (`[batch, query, head, d_head]`, pattern or None).
+    `layers[i].attn.pattern` becomes. For replays outside a trace the module's own `_edit(query, key, value)`, if it has
+    one, gives what is used in their place: not every architecture hands on the keywords of a layer.
+    Returns (`[batch, query, head, d_head]`, pattern or None).
     """
     prefix = getattr(key, "prefix", None)
     if (edit := module.__dict__.get("_edit")) is not None:
