@@ -237,7 +237,7 @@ def test_positions_that_no_row_has_are_refused(llama):
     assert logits_of(heads.ablate(llama, HEADS, positions=[8]), texts.pop("input_ids"), **texts).isfinite().all()
     with pytest.raises(ValueError, match="for 1 rows of 4 tokens, but this batch has 2 of 9"):
         Places(positions=torch.ones(1, 4, dtype=torch.bool)).of({"input_ids": ids_of(llama, 9, 2)})
-    with pytest.raises(ValueError, match="prompt=10, but this run has 9 tokens"):
+    with pytest.raises(ValueError, match="prompt=10, but this run has 9 tokens and no cache for more"):
         Places(prompt=10).of({"input_ids": ids_of(llama, 9)})
     with pytest.raises(ValueError, match="which tokens are padding cannot be told"):
         Places().of({"input_ids": ids_of(llama), "attention_mask": torch.ones(1, 1, 12, 12)})

@@ -89,7 +89,7 @@ class Places:
         if told == inf:  # a prefix is read: at least one token of the prompt is still to come
             prompt = self.positions.shape[1] if isinstance(self.positions, torch.Tensor) else end + 1
         elif prompt > whole_run and (generates or past is None):
-            raise ValueError(f"prompt={prompt}, but this run has {whole_run} tokens: its prompt cannot be longer")
+            raise ValueError(f"prompt={prompt}, but this run has {whole_run} tokens and no cache for more")
         mask = _mask(inputs, given, rows, max(end, prompt))  # of the whole prompt, if it is read in parts
         number, real = (mask.cumsum(-1) * mask - 1)[:, start:end], mask[:, :prompt].sum(-1, keepdim=True)
         from_end = number - real  # -1 at the last token of the prompt, 0 at the first generated one
