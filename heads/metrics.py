@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from heads.names import known
+from heads.names import known, wholes
 from heads.tasks.base import Task
 
 
@@ -92,7 +92,7 @@ def contrast(options: Iterable[int], name: str = "answer minus mean of options")
     Raises:
         ValueError: for fewer than two options.
     """
-    options = tuple(int(i) for i in options)
+    options = wholes("a token id", options)
     if len(options) < 2:
         raise ValueError(f"a contrast needs at least two options, got {len(options)}")
     return Metric(name, _lead, options=options)
@@ -108,9 +108,11 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
     """A metric of a model, edited or not, on every prompt of a task: `[prompt]`, float32 on the CPU.
 
     Raises:
-        ValueError: for KL, which compares with a base run: use a sweep's `metric=`.
+        ValueError: for KL, which compares with a base run: use a sweep's `metric=`; for an encoder.
     """
     read = named(metric)
+    if model.anatomy.encoder:
+        raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
     if read is kl:
         raise ValueError("KL compares two runs: give it as the metric of a sweep, or compare two models' logits")
     values = []

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Iterable
 from numbers import Integral
+from operator import index
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,30 @@ def known(what: str, name: Any, names: Iterable) -> Any:
     if name not in names:
         raise LookupError(f"no {what} {name!r}{nearest(name, names)} Known: {', '.join(map(str, names))}")
     return name
+
+
+def whole(what: str, n: Any, least: int | None = None) -> int:
+    """`n`, if it is a whole number, and not below `least`.
+
+    Args:
+        what: the kind of number, as the message should call it ("a position").
+
+    Raises:
+        TypeError: for what is none: a float is not cut, a boolean is no 0 or 1. ValueError: below `least`.
+    """
+    try:
+        found = index(None if "bool" in str(getattr(n, "dtype", type(n))) else n)
+    except TypeError:
+        raise TypeError(f"{what} is a whole number, not {n!r}") from None
+    if least is not None and found < least:
+        raise ValueError(f"{what} is at least {least}, not {found}")
+    return found
+
+
+def wholes(what: str, values: Any, least: int | None = None) -> tuple[int, ...]:
+    """Whole numbers, of a list or an array of them or of a single one; errors as in `whole`."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return tuple(whole(what, n, least) for n in (values if isinstance(values, Iterable) else [values]))
 
 
 def count(name: str, n: int | None, available: int | None = None) -> int | None:

@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from heads.names import known
+from heads.names import known, whole, wholes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ class HeadScores:
         return float(self.values[head])
 
     def __repr__(self) -> str:
-        best = ", ".join(f"({layer}, {head}) {self[layer, head]:.2f}" for layer, head in self.top(3))
+        best = ", ".join(f"({layer}, {head}) {self[layer, head]:.2f}" for layer, head in self.rank()[:3])
         return f"HeadScores({self.name!r}, {self.shape[0]} layers x {self.shape[1]} heads; top {best})"
 
     def rank(self) -> list[Head]:
@@ -90,7 +91,7 @@ class HeadScores:
         Raises:
             ValueError: if k is negative or above the number of heads.
         """
-        if isinstance(k, float) and 0 < k < 1:
+        if isinstance(k, Real) and 0 < k < 1:
             k = int(np.ceil(round(k * len(self), 6)))
         if k != int(k) or not 0 <= k <= len(self):
             raise ValueError(f"top({k}): expected a count from 0 to {len(self)}, or a share between 0 and 1")
@@ -113,7 +114,7 @@ class HeadScores:
             raise ValueError("the overlap of two empty sets means nothing: k must be at least 1")
         mine, other = np.zeros((2, *self.shape), dtype=bool)
         mine[tuple(zip(*ours))] = other[tuple(zip(*theirs))] = True
-        null = np.array([(mine & rng.permuted(other, axis=1)).sum() for _ in range(n_shuffles)])
+        null = np.array([(mine & rng.permuted(other, axis=1)).sum() for _ in range(whole("n_shuffles", n_shuffles, 1))])
         shared = len(ours & theirs)
         high, p = np.quantile(null, 0.95), (null >= shared).mean()
         return Overlap(k, shared, k * k / len(self), float(null.mean()), float(p), float(high))
@@ -181,10 +182,10 @@ def random_heads(like: Iterable[Head], shape: tuple[int, int], match: str = "lay
         `n_sets` sorted lists of (layer, head).
 
     Raises:
-        ValueError: if too few heads are left, in a layer or in all.
+        ValueError: if too few heads are left, in a layer or in all. TypeError: a layer or head that is no whole number.
     """
     known("match", match, ("layer", "near", "none"))
-    like, exclude = ([(int(layer), int(head)) for layer, head in some] for some in (like, exclude))
+    like, exclude = ([wholes("a layer or head", (layer, head)) for layer, head in some] for some in (like, exclude))
     if outside := [pair for pair in like if not (0 <= pair[0] < shape[0] and 0 <= pair[1] < shape[1])]:
         raise ValueError(f"head {outside[0]} does not exist in {shape[0]} layers of {shape[1]} heads: it has no controls")
     barred = {*like, *exclude}
@@ -198,7 +199,7 @@ def random_heads(like: Iterable[Head], shape: tuple[int, int], match: str = "lay
             "exclude fewer heads, or use match='near' to borrow from the nearest layers"
         )
     rng = np.random.default_rng(seed)
-    return [_draw(like, list(free), match, rng) for _ in range(n_sets)]
+    return [_draw(like, list(free), match, rng) for _ in range(whole("n_sets", n_sets, 0))]
 
 
 def _draw(like: list[Head], left: list[Head], match: str, rng) -> list[Head]:
@@ -241,7 +242,7 @@ class Effects(HeadScores):
     def mlps(self) -> np.ndarray:
         """Mean change for each layer's MLP, `[layer]`. ValueError if MLPs were not senders."""
         if self.mlp_samples is None:
-            raise ValueError("MLPs were not among the senders: ask for senders='heads and mlps'")
+            raise ValueError("MLPs were not among the senders: ask for mlp_senders=True")
         return self.mlp_samples.mean(0)
 
     def gap(self, floor: float = 1.0) -> float:

@@ -8,7 +8,7 @@ import torch
 from conftest import DECODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import by_hand, replaced, uniform
+from toys import by_hand, eager, replaced, uniform
 
 import heads
 from heads.lab.ablation import KINDS
@@ -169,6 +169,52 @@ def test_different_ablations_stack(decoder):
         near(logits_of(edited, ids), plain(ids).logits)
 
 
+@pytest.mark.parametrize("how", ["changed", "put"])
+def test_uniform_attention_after_an_edit_of_the_pattern(decoder, how):
+    """The later edit is there, and the earlier one stays where the later one is not; in the other order, too."""
+    ids, plain, first = ids_of(decoder), plain_of(decoder), torch.zeros(12, 12)
+    first[:, 0] = 1  # everything looks at the first token
+
+    def look(model):
+        with model.edit() as (tracer, edited):
+            for _ in tracer.iter[:]:
+                attn = edited.layers[1].attn
+                if how == "changed":
+                    attn.pattern[:, :2] = first
+                else:
+                    attn.pattern = torch.cat([first.expand(len(attn.q), 2, 12, 12), attn.pattern[:, 2:]], 1)
+        return edited
+
+    def zero(layer, logits):
+        if layer == 1:
+            logits[:, 1, 6:] = 0
+
+    def rows(layer, pattern):
+        if layer == 1:
+            pattern[:, :2 if last else 1] = first
+            pattern[:, 1, :6] = first[:6]
+
+    uniform_last = logits_of(heads.ablate(look(decoder), [(1, 1)], "uniform", positions=range(6, 12)), ids)
+    pattern_last = logits_of(look(heads.ablate(decoder, [(1, 1)], "uniform", positions=range(6, 12))), ids)
+    for last, found in ((False, uniform_last), (True, pattern_last)):
+        with eager(plain, zero, rows):
+            near(found, plain(ids).logits)
+    assert (uniform_last - pattern_last).abs().max() > 1e-2
+
+
+def test_a_stacked_mean_is_that_of_the_edited_model_or_of_another(llama):
+    """The reference is read with the edits so far; values of the clean model are given as values."""
+    ids, reference, plain = ids_of(llama), [ids_of(llama, seed=s) for s in (1, 2)], plain_of(llama)
+    first = heads.ablate(llama, [(0, 1)])
+    clean = [torch.stack([plain.z(r)[i][0] for r in reference]).mean(0) for i in range(4)]
+    with replaced(plain, [(0, 1)]):
+        cut = [torch.stack([plain.z(r)[i][0] for r in reference]).mean(0) for i in range(4)]
+    for options, means in (({"reference": reference}, cut), ({"values": heads.head_means(llama, reference)}, clean)):
+        with replaced(plain, [(0, 1)]), replaced(plain, [(2, 3)], means):
+            near(logits_of(heads.ablate(first, [(2, 3)], "mean", **options), ids), plain(ids).logits)
+    assert (cut[2] - clean[2]).abs().max() > 1e-2
+
+
 def test_an_ablated_model_can_be_read_and_edited(llama):
     ids, plain = ids_of(llama), plain_of(llama)
     edited = heads.ablate(llama, [(0, 1)])
@@ -262,6 +308,8 @@ def test_empty_sets_are_no_heads_in_every_kind(llama, nothing):
         (dict(heads=CHOSEN, kind="mean", reference=["x"], values=torch.zeros(4, 4, 8)), ValueError, "one of the two"),
         (dict(heads=CHOSEN, kind="mean", values=torch.zeros(7, 4, 8)), ValueError, r"\[7, 4, 8\], expected \[4, 4, 8\]"),
         (dict(heads=CHOSEN, kind="mean", values=torch.zeros(4, 8)), ValueError, r"or \[4, position, 4, 8\]"),
+        (dict(heads=CHOSEN, kind="mean", values=torch.zeros(4, 4, 8) / 0), ValueError, "128 of the values are not finite"),
+        (dict(heads=CHOSEN, kind="resample", values=torch.full((4, 4, 8), torch.inf)), ValueError, "not finite"),
     ],
 )
 def test_bad_input_is_refused(llama, arguments, error, words):

@@ -265,6 +265,22 @@ def test_an_edited_pattern_reaches_the_model(any_model):
     assert (logits - plain(ids).logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+@pytest.mark.parametrize("what", ["q", "k"])
+def test_queries_edited_after_the_pattern_are_refused_not_lost(llama, what, how):
+    ids = ids_of(llama)
+    with llama.edit() as (_, edited):
+        edited.layers[1].attn.pattern = edited.layers[1].attn.pattern * 0.5
+    with torch.no_grad(), edited.trace(ids):  # reading is allowed
+        read = getattr(edited.layers[1].attn, what).save()
+    assert read.shape[1] == ids.shape[1]
+    with pytest.raises(Exception, match=f"an edit of {what} would change nothing"), torch.no_grad(), edited.trace(ids):
+        if how == "assigned":
+            setattr(edited.layers[1].attn, what, getattr(edited.layers[1].attn, what) * 0)
+        else:
+            getattr(edited.layers[1].attn, what)[:] = 0
+
+
 def test_an_assigned_pattern_reaches_the_model(decoder):
     ids = ids_of(decoder)
     with decoder.trace(ids):

@@ -66,6 +66,7 @@ def test_roles_may_be_given(llama):
         (dict(roles={"first": torch.zeros(4)}), ValueError, "'first' needs one position below 20 for each of 5"),
         (dict(roles={"far": torch.full((5,), 20)}), ValueError, "'far' needs one position"),
         (dict(roles={"rest": torch.zeros(5)}), ValueError, "another name"),
+        (dict(roles={"half": torch.full((5,), 2.5)}), TypeError, "position of role 'half' is a whole number, not 2.5"),
     ],
 )
 def test_bad_roles_are_refused(llama, arguments, error, words):
@@ -167,6 +168,9 @@ def test_the_prompt_is_forced_and_what_follows_is_not(decoder):
         (dict(weights=torch.eye(20)[0]), ValueError, r"\[prompt, key\]"),
         (dict(position=20), IndexError, "position 20 does not exist.*20 keys"),
         (dict(position=torch.tensor([1, 2])), ValueError, "one for each of 3 rows"),
+        (dict(position=1.7), TypeError, "a position is a whole number, not 1.7"),
+        (dict(position=torch.tensor([1.0, 2.5, 3.0])), TypeError, "a whole number, not 1.0"),
+        (dict(position=True), TypeError, "a whole number, not True"),
         (dict(heads=[(0, 9)]), IndexError, r"head \(0, 9\) does not exist"),
     ],
 )
@@ -193,3 +197,35 @@ def test_an_encoder_may_look_ahead():
 def test_no_roles_are_refused(llama):
     with pytest.raises(ValueError, match="no roles"):
         heads.attention_to(llama, task_of(llama), roles={})
+
+
+def test_attention_to_is_that_of_an_edited_pattern(llama):
+    task, first = task_of(llama, 3), torch.eye(20)[0]
+    with llama.edit() as (tracer, edited):
+        for _ in tracer.iter[:]:
+            edited.layers[1].attn.pattern[:, 2] = first
+    found = attention_to(edited, task, "object", roles={"first": torch.zeros(3, dtype=int)})["first"]
+    assert found[1, 2] == 1 and 0 < found[1, 1] < 1
+
+
+def test_batches_are_whole_numbers(llama):
+    for batch, error in ((0, ValueError), (2.5, TypeError), (-1, ValueError)):
+        for run in (attention_to, heads.metrics.evaluate, heads.ablation_scores):
+            with pytest.raises(error, match="batch is"):
+                run(llama, task_of(llama, 3), batch=batch)
+        with pytest.raises(error, match="batch is"):
+            heads.head_means(llama, ["ab"], batch=batch)
+    with pytest.raises(TypeError, match="a position is a whole number, not 0.5"):
+        heads.head_activations(llama, ["ab"], 0.5)
+
+
+def test_every_prompt_has_its_row_over_its_beams(llama):
+    task = task_of(llama, 2)
+    weights, options = halves(task, "subject", "object"), {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2}
+    with force_attention(llama, CHOSEN, weights).generate(task.ids, do_sample=False, **options) as tracer:
+        together = tracer.result.save()
+    for row in range(2):
+        alone = force_attention(llama, CHOSEN, weights[row : row + 1])
+        with alone.generate(task.ids[row : row + 1], do_sample=False, **options) as tracer:
+            found = tracer.result.save()
+        assert torch.equal(together[row], found[0])

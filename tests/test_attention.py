@@ -8,7 +8,9 @@ import torch
 from conftest import ids_of, logits_of, near, plain_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import eager
 
+from heads.lab.replay import swapped
 from heads.model.attention import attention, mix, pattern
 from heads.model.prefix import Prefix
 
@@ -67,9 +69,50 @@ def test_a_soft_cap_bounds_the_logits():
     near(attention(MODULE, q, k, v, None, scaling=100, softcap=5)[0], mix(expected, v))
 
 
-def test_attention_sinks_are_refused():
-    with pytest.raises(NotImplementedError, match="sinks"):
-        attention(MODULE, *qkv(2, 2), None, s_aux=torch.zeros(4))
+def test_a_sink_takes_its_share_and_gives_nothing():
+    """Written out: one more logit in every row, whose column is thrown away."""
+    q, k, v = qkv(2, 2)
+    sinks = torch.randn(q.shape[1], generator=torch.Generator().manual_seed(1))
+    z, weights = attention(MODULE, q, k, v, None, s_aux=sinks)
+    for head in range(q.shape[1]):
+        kv = head * k.shape[1] // q.shape[1]
+        logits = q[:, head] @ k[:, kv].transpose(-1, -2) * q.shape[-1] ** -0.5
+        rows = torch.cat([logits, sinks[head].expand(*logits.shape[:-1], 1)], -1)
+        if q.shape[2] > 1:
+            later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+            rows = torch.cat([logits.masked_fill(later, -torch.inf), rows[..., -1:]], -1)
+        rows = rows.softmax(-1)[..., :-1]
+        torch.testing.assert_close(weights[:, head], rows, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(z[:, :, head], rows @ v[:, kv], atol=1e-5, rtol=1e-4)
+
+
+def test_an_edit_inside_another_gives_it_back():
+    module, (q, k, v) = SimpleNamespace(**vars(MODULE)), qkv(3, 3)
+    run = lambda: attention(module, q, k, v, None)[0]  # noqa: E731
+    with swapped(module, lambda q, k, v: (q, k, 0 * v), "_edit"):
+        with swapped(module, lambda q, k, v: (q, k, 0 * v + 1), "_edit"):
+            near(run(), torch.ones_like(run()))
+        assert (run() == 0).all()
+    assert (run() != 0).any() and "_edit" not in vars(module)
+
+
+@pytest.mark.parametrize("second", [1, 2])
+def test_edits_of_one_pattern_stack(decoder, second):
+    ids, plain = ids_of(decoder), plain_of(decoder)
+    model, kept = decoder, torch.eye(12)[0].expand(12, 12).clone()
+    for head in (1, second):
+        with model.edit() as (tracer, model):
+            for _ in tracer.iter[:]:
+                pattern = model.layers[2].attn.pattern
+                pattern[:, head] = (pattern[:, head] + kept) / 2
+
+    def rows(layer, pattern):
+        for head in (1, second) if layer == 2 else ():
+            pattern[:, head] = (pattern[:, head] + kept) / 2
+
+    for _ in range(2):  # a second run finds them as they were
+        with eager(plain, rows=rows):
+            near(logits_of(model, ids), plain(ids).logits)
 
 
 # ----------------------------------------------------------------------------------- a shared prefix

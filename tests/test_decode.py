@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import ids_of, logits_of, near, plain_of
-from toys import by_hand
+from conftest import ids_of, logits_of, near, plain_of, tiny
+from toys import by_hand, replaced
 
 import heads
 from heads.lab.decoding import Conditions, decode_batch, decode_rows, join, prefill
@@ -278,3 +278,50 @@ def test_bad_input_is_refused(llama):
 def test_an_empty_answer_has_no_score(llama):
     with pytest.raises(ValueError, match="no token"):
         heads.Conditions(llama, ids_of(llama), {"none": []}).score(torch.tensor([], dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------- edited models
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_an_edited_model_decodes_with_its_edits_where_they_are(family):
+    """The last token of the prompt is that of each prompt, also while it is read without it and while it is continued."""
+    model, chosen = tiny(family), SETS["three"]
+    vectors = torch.zeros(3, model.anatomy.d_head)
+    edited = heads.Steering(model, vectors, how="replace", heads=chosen, positions=[-1, 1], decode=[2]).edited
+    prompts, found = prompts_of(model, (5, 20, 14)), [[], [], []]
+    for steps in decode_batch(edited, prompts, 6, None):
+        for i, step in steps.items():
+            found[i].append(step.token)
+    plain = plain_of(model)
+    for ids, written in zip(prompts, found):
+        grown, n = ids, ids.shape[1]
+        for token in written:
+            with replaced(plain, chosen, at=[p for p in (1, n - 1, n + 1) if p < grown.shape[1]]):
+                assert plain(grown).logits[0, -1].argmax() == token
+            grown = torch.cat([grown, torch.tensor([[token]])], 1)
+    assert all(found)
+
+
+def test_conditions_of_an_edited_model_keep_its_edits_where_they_are(llama):
+    ids, answer, plain = ids_of(llama, length=20), ids_of(llama, length=4, seed=3)[0], plain_of(llama)
+    base = heads.Steering(llama, torch.zeros(1, 8), how="replace", heads=[(0, 2)], positions=[-1], decode=False).edited
+    whole = torch.cat([ids, answer[None, :-1]], dim=1)
+    for prefix in (None, heads.Prefix(base, ids[:, :-1], prompt=20)):
+        scores = Conditions(base, ids, SETS, "zero", prefix=prefix).score(answer)
+        for name, chosen in SETS.items():
+            with replaced(plain, [(0, 2)], at=[19]), replaced(plain, chosen, at=slice(19, None)):
+                expected = plain(whole).logits[0, 19:].log_softmax(-1)
+            near(scores[name].logprob, expected.gather(-1, answer[:, None])[:, 0])
+
+
+def test_a_pattern_that_is_edited_is_the_one_that_decodes(llama):
+    """Rows are read from the edited pattern, and the tokens are those that it writes."""
+    ids = ids_of(llama)
+    with llama.edit() as (tracer, edited):
+        for _ in tracer.iter[:]:
+            edited.layers[1].attn.pattern[:, 2] = 0
+    steps = list(decode_rows(edited, ids, 3, stop=None))
+    assert all((step.rows[1, 2] == 0).all() and (step.rows[1, 1] > 0).any() for step in steps)
+    with replaced(plain_of(llama), [(1, 2)]):
+        assert steps[0].token == plain_of(llama)(ids).logits[0, -1].argmax()

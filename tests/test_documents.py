@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import heads
 from heads import cli
 from heads.lab import documents
-from heads.lab.answers import batches, token_losses
+from heads.lab.answers import FULL, batches, token_losses
 from heads.lab.documents import Summary, score_documents
 
 CHOSEN = [(2, 3), (0, 1), (2, 0)]
@@ -103,7 +103,7 @@ def test_a_long_document_is_split_and_says_so(llama, tmp_path):
 
 def test_batches_respect_the_budget_and_hold_everything():
     rows = [[0] * n for n in (5, 40, 7, 7, 100, 1, 12)]
-    found = batches(rows, 30)
+    found = batches([len(row) for row in rows], 30, FULL)
     assert sorted(i for batch in found for i in batch) == list(range(7))
     assert all(len(batch) == 1 or max(len(rows[i]) for i in batch) * len(batch) <= 30 for batch in found)
     assert len(found) < 7
@@ -389,7 +389,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     "options, message",
     [
         ("--shard one", "expected i/n"), ("--shard 2/2", "numbered from 0"), ("--top 0", "--top 0"),
-        ("--top 2.5", "--top 2.5"), ("--controls -1", "--controls -1"), ("--scores in", "in holds no head scores"), ("--scores no", "'no'"),
+        ("--top 2.5", "--top 2.5"), ("--controls -1", "--controls -1"), ("--scores in", "in holds no head scores"),
+        ("--scores no", "'no'"),
         ("--scores large", r"(6, 9) (layers, heads), but tiny-llama has (4, 4)"), ("--device cuda:9", "device='cuda:9'"),
         ("--field body", "no field 'body': 2"), ("--model tiny-lama", "Did you mean 'tiny-llama'"),
     ],

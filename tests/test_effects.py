@@ -34,7 +34,7 @@ def test_a_small_gap_is_not_divided_by():
         Effects(np.ones((2, 1, 1)), [1.0, 1.0]).normalised()
     with pytest.raises(ValueError, match="undefined"):
         Effects(np.ones((2, 1, 1)), [1.0, -1.0]).relative()
-    with pytest.raises(ValueError, match="senders"):
+    with pytest.raises(ValueError, match="ask for mlp_senders=True"):
         found.mlps  # noqa: B018
 
 
@@ -87,6 +87,8 @@ def test_a_contrast_needs_options(llama):
     )
     with pytest.raises(ValueError, match="two options"):
         metrics.contrast([1])
+    with pytest.raises(TypeError, match="a token id is a whole number, not 2.7"):
+        metrics.contrast([1, 2.7])
 
 
 def parts(n=3, length=6):
@@ -134,6 +136,9 @@ def test_build_drops_what_a_tokenizer_cannot_use_and_says_why():
     )
     assert len(task) == 1 and task.roles["last"].item() == 4
     assert [reason for _, reason in task.dropped] == [
-        "'ee' is not one token after its prompt", "5 tokens, but its corrupted twin has 2", "3 tokens, most have 5"]  # fmt: skip
+        "'ee' is not one token after its prompt",
+        "5 tokens, but its corrupted twin has 2",
+        "3 tokens, most have 5",
+    ]
     with pytest.raises(ValueError, match="no item can be used.*not one token"):
         build(model, "t", [Item("ab", "ee", ("f",), "ac")])

@@ -24,7 +24,8 @@ def toy(model, size: int = 2, more=None):
     """Stands for an instrument: HeadScores, arrays, tensors, numbers and text."""
     CALLS.append(size)
     table = np.arange(size * 3.0).reshape(size, 3) / 7
-    return {"scores": HeadScores(table, "toy"), "tensor": torch.arange(size).bfloat16(), "text": ["ä", None, 0.1, True]}
+    text = ["ä", None, 0.1, True, np.int64(size), np.float32(0.1), np.bool_(True)]
+    return {"scores": HeadScores(table, "toy"), "tensor": torch.arange(size).bfloat16(), "text": text}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,8 @@ def test_a_hit_is_the_same_and_computes_nothing(llama, cache):
     np.testing.assert_array_equal(first["scores"].values, second["scores"].values)
     assert isinstance(second["scores"], HeadScores) and second["scores"].name == "toy"
     assert second["tensor"].dtype == torch.bfloat16 and torch.equal(first["tensor"], second["tensor"])
-    assert first["text"] == second["text"]
+    assert first["text"] == second["text"] and list(map(type, first["text"])) == list(map(type, second["text"]))
+    heads.kept(toy, llama, np.int64(3), np.bool_(True))
 
 
 def test_retrieval_scores_come_back_whole(llama, cache, monkeypatch):
@@ -95,6 +97,24 @@ def test_an_edited_model_is_refused(llama, cache):
 def test_what_has_no_bytes_is_refused(llama):
     with pytest.raises(TypeError, match="object is no number"):
         heads.kept(toy, llama, more=object())
+
+
+def test_a_key_that_is_no_text_is_named(llama):
+    with pytest.raises(TypeError, match="heads.kept: keys must be str, int, float, bool or None, not tuple"):
+        heads.kept(toy, llama, more={(0, 1): 2.0})
+
+
+@pytest.mark.parametrize("place", ["write_bytes", "replace"])
+def test_a_full_disk_does_not_lose_the_result(llama, cache, monkeypatch, place):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not kept, toy-.*written.*No space left"):
+        patch.setattr(Path if place == "write_bytes" else os, place, full)
+        found = heads.kept(toy, llama)
+    assert found["text"][0] == "ä" and not [path for path in cache.iterdir() if path.suffix != ".lock"]
+    heads.kept(toy, llama), heads.kept(toy, llama)
+    assert len(CALLS) == 2
 
 
 def test_other_code_or_another_version_is_no_hit(llama, cache, tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 import heads
 from heads import names
@@ -25,6 +27,18 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all(given, said):
     with pytest.raises(LookupError) as refused:
         names.known("kind", given, iter(["zero", "mean", 3]))
     assert str(refused.value) == said
+
+
+def test_a_whole_number_is_returned_as_one():
+    for n in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        found = names.whole("n", n, 3)
+        assert found == 3 and type(found) is int
+    for wrong in (3.0, "3", None, True, np.bool_(True), torch.tensor(True), torch.tensor(3.0), [3]):
+        with pytest.raises(TypeError, match="batch is a whole number, not "):
+            names.whole("batch", wrong)
+    with pytest.raises(ValueError, match="batch is at least 1, not 0"):
+        names.whole("batch", 0, 1)
+    assert names.whole("seed", -1) == -1
 
 
 def test_every_name_of_the_facades_is_there():

@@ -112,6 +112,24 @@ def test_a_heatmap_is_drawn_layer_by_head_and_labelled():
 
 def test_the_printed_table_shows_its_best_heads():
     assert repr(TABLE) == "HeadScores('copies per token', 3 layers x 2 heads; top (0, 1) 0.90, (1, 0) 0.50, (1, 1) 0.50)"
+    assert repr(HeadScores([[1.0, 2.0]])) == "HeadScores('score', 1 layers x 2 heads; top (0, 1) 2.00, (0, 0) 1.00)"
+
+
+def test_a_share_may_be_a_number_of_numpy():
+    table = HeadScores(np.arange(300).reshape(30, 10))
+    assert table.top(np.float32(0.25)) == table.top(np.float64(0.25)) == table.top(0.25) and len(table.top(0.25)) == 75
+
+
+def test_controls_take_whole_numbers_only():
+    for wrong in ([(1.9, 2)], [(1, 2.7)], [(True, 0)]):
+        with pytest.raises(TypeError, match="a layer or head is a whole number"):
+            random_heads(wrong, (4, 4))
+        with pytest.raises(TypeError, match="a layer or head is a whole number"):
+            random_heads([(0, 0)], (4, 4), exclude=wrong)
+    for n, error in ((1.5, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="n_sets is"):
+            random_heads([(0, 0)], (4, 4), n_sets=n)
+    assert random_heads(np.array([[0, 0]]), (4, 4), n_sets=0) == []
 
 
 @pytest.mark.parametrize(

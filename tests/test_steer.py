@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from safetensors import safe_open
 
 import heads
 from heads.lab.steering import HOW, Steering
@@ -179,6 +180,55 @@ def test_a_cached_prefix_and_the_last_token_equal_the_whole_prompt(decoder):
 # ------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_hooks_steer_a_generation_where_its_trace_does(family, how):
+    """Whoever generates: the module, the loaded model without a trace, or in one."""
+    model, options = tiny(family), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **how}
+    ids, (vectors, gates) = ids_of(model, length=10), drawn(model)
+    mask = torch.ones_like(ids)
+    steering = Steering(model, 3 * vectors, gates, "mix", positions=[-1, 2], decode=[2])
+    grown, plain = ids, plain_of(model)
+    for _ in range(4):
+        with by_hand(plain, "mix", 3 * vectors, gates, (slice(None), [p for p in (2, 9, 11) if p < grown.shape[1]])):
+            logits = plain(grown).logits[:, -1:]
+        logits[..., plain.module.config.eos_token_id] = -torch.inf  # min_new_tokens
+        grown = torch.cat([grown, logits.argmax(-1)], 1)
+    with steering.edited.generate(ids, **options) as tracer:
+        traced = tracer.result.save()
+    with steering.hooks():
+        own = model._module.generate(ids, attention_mask=mask, **options)
+        direct = model.generate(ids, **options)
+        with model.generate(ids, **options) as tracer:
+            inside = tracer.result.save()
+    for found in (traced, own, direct, inside):
+        assert torch.equal(found, grown)
+    clean = model._module.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(clean, plain.module.generate(ids, attention_mask=mask, **{**options, "cache_implementation": None}))
+
+
+def test_the_length_of_the_prompt_is_told_and_saved(llama, tmp_path):
+    ids, (vectors, gates), plain = ids_of(llama), drawn(llama), plain_of(llama)
+    made = Steering(llama, vectors, gates, positions=[-1], decode=[2], prompt=9)
+    again = Steering.load(made.save(tmp_path / "x.safetensors"), llama)
+    assert again.places == made.places and again.places.prompt == 9
+    with by_hand(plain, "add", vectors, gates, (slice(None), [8, 10])):
+        wanted = plain(ids).logits
+    near(logits_of(made.edited, ids), wanted)
+    with again.hooks():
+        near(plain_logits(llama, ids), wanted)
+
+
+def test_a_file_from_before_there_was_a_prompt_is_read(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = Steering(llama, drawn(llama)[0], positions=[2]).save(tmp_path / "x.safetensors")
+    about = json.loads(safe_open(path, "pt").metadata()["heads"])
+    assert about.pop("prompt") is None
+    save_file(load_file(path), path, {"heads": json.dumps(about)})
+    assert Steering.load(path, llama).places == Steering(llama, drawn(llama)[0], positions=[2]).places
+
+
 @pytest.mark.parametrize("how", ["add", "scale", "mix"])
 def test_gradients_flow_to_gates_and_vectors_only_and_equal_plain_ones(decoder, how):
     data, (vectors, gates) = heads.examples(decoder, PAIRS), drawn(decoder)
@@ -296,8 +346,10 @@ def test_other_mistakes_are_refused(llama):
         steered(llama, vectors, heads=[(0, 0), (0, 0)])
     with pytest.raises(ValueError, match="not finite"):
         steered(llama, vectors / 0)
+    with pytest.raises(TypeError, match="a layer or head is a whole number, not 1.9"):
+        steered(llama, vectors, heads=[(1.9, 2.7)])
     with pytest.raises(ValueError, match="one batch"):
-        Steering(llama, vectors, positions=torch.ones(1, 3)).save("never")
+        Steering(llama, vectors, positions=torch.ones(1, 3, dtype=torch.bool)).save("never")
 
 
 # ---------------------------------------------------------------------------------------- means

@@ -76,6 +76,24 @@ def test_scores_of_answers_see_edits_and_hooks(llama):
         assert (ours.logprob - before.logprob).abs().max() > 1e-3
 
 
+def test_what_has_no_answer_or_no_prompt_has_no_score(llama):
+    one, both = answers.Example((5,), (6,)), r"a prompt of {} tokens with {} to predict after it: both need at least one"
+    with pytest.raises(ValueError, match="there are no examples"):
+        heads.answer_loss(llama, [])
+    for bad, counts in ((answers.Example((), (5, 6)), (0, 2)), (answers.Example((5, 6), ()), (2, 0))):
+        for run in (heads.score_answers, heads.answer_loss):
+            with pytest.raises(ValueError, match=both.format(*counts)):
+                run(llama, [one, bad])
+    for run in (heads.token_losses, lambda m, rows: heads.losses_under(m, rows, {"base": []})):
+        with pytest.raises(ValueError, match=both.format(1, 0)):
+            run(llama, [[5, 6], [7]])
+    for batch, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="batch is"):
+            heads.score_answers(llama, [one], batch=batch)
+        with pytest.raises(error, match="tokens is"):
+            heads.losses_under(llama, [[5, 6]], {"base": []}, tokens=batch)
+
+
 def test_a_long_answer_is_read_in_parts(llama):
     row = torch.randint(5, 200, (answers.CHUNK // 2 + 30,), generator=torch.Generator().manual_seed(0)).tolist()
     item = answers.Example(tuple(row[:2]), tuple(row[2:]))
@@ -179,7 +197,10 @@ def test_the_best_state_is_kept_even_if_training_fails_later():
     "wrong, error, message",
     [
         ({"steps": 0}, ValueError, "at least 1"),
-        ({"steps": 1, "batch": 0}, ValueError, "at least 1"),
+        ({"steps": 1, "batch": 0}, ValueError, "batch is at least 1, not 0"),
+        ({"steps": 1.5}, TypeError, "steps is a whole number, not 1.5"),
+        ({"steps": True}, TypeError, "steps is a whole number, not True"),
+        ({"steps": 1, "every": 0}, ValueError, "every is at least 1, not 0"),
         ({"steps": 1, "schedule": "cosine"}, LookupError, "no schedule 'cosine'.*constant"),
     ],
 )
@@ -380,7 +401,7 @@ def test_encoders_can_be_tuned_too():
 def test_what_has_no_token_is_refused(llama):
     with pytest.raises(ValueError, match="an empty prompt before 'abc'"):
         heads.examples(llama, [("xyz", "abc"), ("", "abc")])
-    with pytest.raises(ValueError, match="first=0"):
+    with pytest.raises(ValueError, match="first is at least 1, not 0"):
         heads.examples(llama, [("xyz", "abc")], first=0)
 
 

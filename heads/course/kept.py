@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
@@ -29,7 +30,8 @@ def kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, or what it returned before for the same arguments, weights and code.
 
     HEADS_CACHE=0 computes always: `make test` and `make refresh` believe nothing that was kept. So does a cache folder
-    that cannot be written. Two processes that ask for the same result compute it once.
+    that cannot be written; what a full disk cannot take is returned with a warning. Two processes that ask for the same
+    result compute it once.
 
     Args:
         function: one of heads whose result depends on its arguments alone: no random state, no other file.
@@ -47,7 +49,7 @@ def kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     code = [path.read_text(encoding="utf-8") for path in sorted(record.PACKAGE.rglob("*.py"))]
     key = [function.__module__, function.__qualname__, code, record.versions(), bound.arguments]
-    key = sha256(json.dumps(key, default=_plain).encode()).hexdigest()
+    key = sha256(_text(key)).hexdigest()
     path = folder / f"{function.__name__}-{key[:32]}.kept"
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():
@@ -56,15 +58,27 @@ def kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
                 return json.loads(found, object_hook=_made)
             print(f"heads.kept: {path.name} is damaged and is computed again", file=sys.stderr)
         result, aside = function(*args, **kwargs), path.with_suffix(".tmp")
-        found = json.dumps(result, default=_plain).encode()
-        aside.write_bytes(sha256(found).hexdigest().encode() + b"\n" + found)
-        os.replace(aside, path)
+        found = _text(result)
+        try:
+            aside.write_bytes(sha256(found).hexdigest().encode() + b"\n" + found)
+            os.replace(aside, path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            warnings.warn(f"heads.kept: the result is not kept, {path.name} cannot be written ({error})", stacklevel=2)
         return result
+
+
+def _text(item) -> bytes:
+    """JSON of what is kept, or is part of a key. TypeError for what it cannot hold."""
+    try:
+        return json.dumps(item, default=_plain).encode()
+    except TypeError as error:
+        raise TypeError(f"heads.kept: {str(error).removeprefix('heads.kept: ')}") from None
 
 
 def _plain(item) -> dict:
     """What JSON does not know, as a dict: an array, a model (to be recognised, never to be read), an object of heads."""
-    if isinstance(item, (np.ndarray, torch.Tensor)):
+    if isinstance(item, (np.ndarray, np.generic, torch.Tensor)):
         return {"__array__": item.tolist(), "dtype": str(item.dtype), "shape": item.shape}
     if hasattr(item, "_module"):
         if item._edits:
@@ -83,7 +97,7 @@ def _made(found: dict) -> Any:
         name = found["dtype"].removeprefix("torch.")  # of a tensor, else of numpy's
         array = np.array if name == found["dtype"] else torch.tensor
         dtype = name if array is np.array else getattr(torch, name)
-        return array(found["__array__"], dtype=dtype).reshape(found["shape"])
+        return array(found["__array__"], dtype=dtype).reshape(found["shape"])[()]  # a number of numpy's is one again
     if "__class__" in found:
         new = object.__new__(pkgutil.resolve_name(found["__class__"]))
         vars(new).update(found["state"])

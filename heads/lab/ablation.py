@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from nnsight.intervention.envoy import Envoy
 
-from heads.lab.places import Places, head_mask, is_head
+from heads.lab.places import Places, Positions, for_beams, head_mask, is_head, layers_of
 from heads.lab.readings import reference_values
 from heads.model.anatomy import Head
-from heads.names import known
+from heads.model.attention import call_of, pattern
+from heads.model.weights import decoder_only
+from heads.names import known, wholes
 
 KINDS = ("zero", "mean", "resample", "uniform")
 
@@ -25,7 +26,7 @@ KINDS = ("zero", "mean", "resample", "uniform")
 class Plan:
     """What an ablation does to the pass that is running.
 
-    `mask` is `[row or 1, layer, head]`: one row for the whole batch, or one for each row of it.
+    `mask` is `[prompt or 1, layer, head]`: one row for the whole batch, or one for each prompt of it (its beams share it).
     `values` is what replaces the heads: None (zero), `[layer, head, d_head]` or
     `[layer, position, head, d_head]`.
     """
@@ -51,35 +52,46 @@ class Plan:
 
     def apply(self, model) -> None:
         """Edit the pass that is running. Call inside a trace, once per forward."""
-        layers = self.mask.any(0).any(-1).nonzero().flatten().tolist()
-        at, number, _ = self.places.now(model)
-        for i in layers if at.any() else ():
+        at, number, prompts = self.places.now(model)
+        if (sets := len(self.mask)) not in (1, prompts):
+            raise ValueError(f"{sets} sets of heads for a batch of {prompts} rows: give one, or one for each row")
+        for i in layers_of(self.mask) if at.any() else ():
             attn = model.layers[i].attn
             # A query of zeros makes all logits equal: attention is uniform over what is visible.
             what = "q" if self.kind == "uniform" else "heads"
             old = getattr(attn, what)
-            if len(self.mask) not in (1, len(old)):
-                sets, rows = len(self.mask), len(old)
-                raise ValueError(f"{sets} sets of heads for a batch of {rows} rows: give one, or one for each row")
-            chosen = (at[:, :, None] & self.mask[:, None, i])[..., None].to(old.device)
-            setattr(attn, what, torch.where(chosen, self.new(i, at, number, old), old))
+            chosen = (at[:, :, None] & for_beams(self.mask, len(old))[:, None, i])[..., None].to(old.device)
+            new = torch.where(chosen, self.new(i, at, number, old), old)
+            if what == "heads" or not _follow(attn, new, chosen):
+                setattr(attn, what, new)
 
 
-def ablate(model, heads: Iterable, kind: str = "zero", *, phase: str = "both", positions: Iterable[int] | None = None,
+def _follow(attn, queries: torch.Tensor, chosen: torch.Tensor) -> bool:
+    """A pattern that an earlier edit put in place answers to no queries: where they change, it is made again. Whether there
+    was one."""
+    module, _, k, mask, kwargs = call_of(attn._raw(type(attn).pattern))
+    if (kept := kwargs.pop("pattern_override", None)) is None:
+        return False
+    attn.pattern = torch.where(chosen.transpose(1, 2), pattern(module, queries.transpose(1, 2), k, mask, **kwargs), kept)
+    return True
+
+
+def ablate(model, heads: Iterable, kind: str = "zero", *, phase: str = "both", positions: Positions = None,
            reference: Iterable | None = None, values: torch.Tensor | None = None, per_position: bool = True, seed: int = 0,
            prompt: int | None = None) -> Envoy:  # fmt: skip
     """The model with some heads switched off.
 
     Args:
-        heads: (layer, head) pairs, or a list of such lists: one set for each row of the batch.
+        heads: (layer, head) pairs, or a list of such lists: one set for each prompt of the batch.
         kind: "zero": the head writes nothing. "mean": it writes its mean over `reference`. "resample": it
             writes what it wrote on another prompt, drawn from `reference`. "uniform": it attends equally to
             every visible token (the masking of Wu et al. 2024, which sets the pre-softmax logits to 0).
         phase: "prefill": prompt tokens but the last. "decode": the last prompt token and what is generated,
             as the paper's released code masks. "both".
-        positions: numbers of tokens in the sequence, or negative ones counted from the end of the prompt;
-            None means all.
-        reference: texts of equal length in tokens, for "mean" and "resample".
+        positions: numbers of tokens in the sequence, or negative ones counted from the end of the prompt; or booleans
+            `[column]` or `[row or 1, column]` of the prompt. None means all, an empty list none.
+        reference: texts of equal length in tokens, for "mean" and "resample". They are read by `model`, with the edits
+            that it has; `values=heads.head_means(clean, texts)` takes the means of another one.
         values: instead of a reference, `[layer, head, d_head]` or `[layer, position, head, d_head]`.
         per_position: mean per position (the field's default) or one over all positions.
         seed: which reference prompt "resample" takes.
@@ -90,10 +102,13 @@ def ablate(model, heads: Iterable, kind: str = "zero", *, phase: str = "both", p
 
     Raises:
         IndexError: a head that does not exist. LookupError: an unknown kind or phase. ValueError: a missing or
-        needless reference.
+        needless reference, values that are not finite; a phase in an encoder; when the edited model runs, sets of heads for
+        another number of prompts, or positions that are not there.
     """
     known("kind of ablation", kind, KINDS)
     places, needs = Places(phase, positions, prompt=prompt), kind in ("mean", "resample")
+    if phase != "both":
+        decoder_only(model)
     if needs != (reference is not None or values is not None) or (reference is not None and values is not None):
         wants = "needs a reference=[texts] or values=, one of the two" if needs else "takes neither a reference nor values"
         raise ValueError(f"kind={kind!r} {wants}")
@@ -101,6 +116,8 @@ def ablate(model, heads: Iterable, kind: str = "zero", *, phase: str = "both", p
         values, (n, h, d) = torch.as_tensor(values), (model.anatomy.n_layers, model.anatomy.n_heads, model.anatomy.d_head)
         if values.dim() not in (3, 4) or (values.shape[0], *values.shape[-2:]) != (n, h, d):
             raise ValueError(f"the values are {list(values.shape)}, expected [{n}, {h}, {d}] or [{n}, position, {h}, {d}]")
+        if not values.isfinite().all():
+            raise ValueError(f"{int((~values.isfinite()).sum())} of the values are not finite")
     heads = [list(x) if isinstance(x, Iterable) else x for x in heads]
     mask = head_mask(model, [heads] if not heads or is_head(heads[0]) else heads)
     if needs and values is None:
@@ -124,7 +141,7 @@ def force_attention(model, heads: Iterable[Head], weights: torch.Tensor, positio
 
     Args:
         heads: (layer, head) pairs.
-        weights: `[prompt, key]`, one row for each row of the batch that will be run, or `[1, key]` for all.
+        weights: `[prompt, key]`, one row for each prompt of the batch that will be run, or `[1, key]` for all.
         position: column of the query, one for all prompts or `[prompt]`; negative ones count from the end.
 
     Returns:
@@ -148,10 +165,10 @@ def _force(model, mask: torch.Tensor, weights: torch.Tensor, places: Places) -> 
     """Edit the pass that is running. Call inside a trace, once per forward."""
     at = places.now(model).at[:, :, None, None]
     group = model.anatomy.n_heads // model.anatomy.n_kv_heads
-    for layer in mask.any(1).nonzero().flatten().tolist() if at.any() else ():
+    for layer in layers_of(mask) if at.any() else ():
         attn = model.layers[layer].attn
         v = attn.v[:, : weights.shape[1]].repeat_interleave(group, 2)  # [batch, key, head, d_head]
-        w = weights[:, : v.shape[1]].to(v).expand(len(v), -1)  # a pass that reads a part of the prompt sees its keys alone
+        w = for_beams(weights[:, : v.shape[1]].to(v), len(v)).expand(len(v), -1)  # a part of the prompt sees its keys alone
         mixed, z = torch.einsum("bk,bkhd->bhd", w, v)[:, None], attn.heads
         attn.heads = torch.where((at & mask[layer][:, None]).to(z.device), mixed, z)  # not in place: for backward
 
@@ -162,7 +179,7 @@ def _checked_rows(weights, position, causal: bool) -> tuple[torch.Tensor, torch.
     if weights.dim() != 2 or not weights.numel():
         raise ValueError(f"weights are [prompt, key], got {tuple(weights.shape)}")
     length = weights.shape[1]
-    at = torch.tensor([int(position)]) if isinstance(position, Integral) else torch.as_tensor(position).cpu().long()
+    at = torch.tensor(wholes("a position", position))
     if at.shape not in ((1,), (len(weights),)):
         raise ValueError(f"position is one number, or one for each of {len(weights)} rows, got {tuple(at.shape)}")
     if (at < -length).any() or (at >= length).any():

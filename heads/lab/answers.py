@@ -19,6 +19,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from heads.lab.ablation import ablate
+from heads.model.weights import check_length, decoder_only
+from heads.names import whole
 
 NOTHING = -100  # a target where there is nothing to read: torch's own number for it
 CHUNK = 512  # positions whose logits are float32 at once: those of all would be the largest tensor of a run
@@ -63,20 +65,20 @@ def examples(model, pairs: Iterable[tuple[str, str]], first: int | None = None, 
     Raises:
         ValueError: naming a pair whose answer is empty or melts into the prompt's last token.
     """
-    if first is not None and first < 1:
-        raise ValueError(f"first={first}: at least one token of each answer is kept")
+    if first is not None:
+        whole("first", first, 1)
     found = []
     for prompt, answer in pairs:
         ids = model.tokenizer(prompt).input_ids
-        whole = model.tokenizer(prompt + answer + end).input_ids
+        both = model.tokenizer(prompt + answer + end).input_ids
         if not ids:
             raise ValueError(f"an empty prompt before {answer!r}: there is no token to read the answer's first one from")
-        if whole[: len(ids)] != ids or len(whole) == len(ids):
+        if both[: len(ids)] != ids or len(both) == len(ids):
             raise ValueError(
                 f"{answer + end!r} after {prompt[-40:]!r} is no continuation of its own in tokens: an answer must not be "
                 "empty and usually begins with the space or newline that separates it from the prompt"
             )
-        found.append(Example(tuple(ids), tuple(whole[len(ids) :][:first])))
+        found.append(Example(tuple(ids), tuple(both[len(ids) :][:first])))
     return found
 
 
@@ -86,8 +88,11 @@ def score_answers(model, items: Sequence[Example], batch: int = 32) -> list[Answ
 
     Args:
         model: a loaded model, edited or not, or any module that is called like one of transformers (peft's, too).
+
+    Raises:
+        ValueError: for an encoder; an example without a prompt or an answer.
     """
-    parts = [items[start : start + batch] for start in range(0, len(items), batch)]
+    parts = [items[start : start + batch] for start in range(0, len(items), whole("batch", batch, 1))]
     return [score.cpu() for part in parts for score in _scores(model, part)]
 
 
@@ -99,6 +104,8 @@ def answer_loss(model, batch: Sequence[Example]) -> torch.Tensor:
     Args:
         model: as in `score_answers`; gradients reach whatever in it requires one.
     """
+    if not batch:
+        raise ValueError("there are no examples, and so no loss of their answers")
     return -torch.stack([score.logprob.mean() for score in _scores(model, batch)]).mean()
 
 
@@ -124,7 +131,7 @@ def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: st
     """
     models, _ = prepared(model, conditions, kind)
     found = {name: [None] * len(rows) for name in models}
-    for batch in batches(rows, tokens):
+    for batch in batches(list(map(len, rows)), whole("tokens", tokens, 1), FULL):
         lengths = [len(rows[i]) - 1 for i in batch]
         for name, losses in losses_in(model, models, [rows[i] for i in batch]).items():
             for i, row in zip(batch, losses.split(lengths)):
@@ -134,6 +141,7 @@ def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: st
 
 def prepared(model, conditions: Mapping, kind: str) -> tuple[dict[str, tuple], dict]:
     """name -> (edited model, its first layer that differs from the clean run or None), and name -> what to write of it."""
+    decoder_only(model)
     models, written = {}, {}
     for name, heads in conditions.items():
         if hasattr(heads, "_edits"):
@@ -180,12 +188,16 @@ def _forward(model, inputs: dict, targets, keep=(), resume: tuple | None = None)
     return losses_of(logits, targets).cpu(), kept
 
 
-def batches(rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
-    """Indices of rows of similar length, as many as fit into `tokens` with their padding; a longer one runs alone."""
+def batches(lengths: Sequence[int], tokens: int, full: float = 1.0) -> list[list[int]]:
+    """Indices of rows to run together: neighbours in length, at most `tokens` with padding; a longer one runs alone.
+
+    Args:
+        full: a batch that holds this share of its tokens takes rows of its own length alone, which need no mask.
+    """
     found: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        same = found and len(rows[i]) == len(rows[found[-1][0]])
-        if found and (len(found[-1]) + 1) * len(rows[i]) <= tokens * (1 if same else FULL):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        same = found and lengths[i] == lengths[found[-1][0]]
+        if found and (len(found[-1]) + 1) * lengths[i] <= tokens * (1 if same else full):
             found[-1].append(i)
         else:
             found.append([i])
@@ -194,6 +206,7 @@ def batches(rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
 
 def _scores(model, items: Sequence[Example]) -> list[AnswerScore]:
     """Scores of answers in one pass, where the model is."""
+    decoder_only(model)
     prompts = [len(item.prompt) for item in items]
     inputs, targets = fed([[*item.prompt, *item.answer] for item in items], prompts, next(model.parameters()).device)
     # logits before the first answer are not needed; peft's virtual tokens stand in front of all
@@ -209,6 +222,9 @@ def fed(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.dev
     Rows are padded on the right, with an attention mask, so that position 0 is every row's first token. The last
     token of a row is not fed, only predicted. The target is `NOTHING` in a prompt (of so many tokens) and in padding.
     """
+    for row, n in zip(rows, prompts):
+        if not 0 < n < len(row):
+            raise ValueError(f"a prompt of {n} tokens with {len(row) - n} to predict after it: both need at least one")
     lengths, prompts = (torch.tensor(numbers)[:, None] for numbers in (list(map(len, rows)), prompts))
     position = torch.arange(int(lengths.max()))
     ids = torch.zeros(len(rows), len(position), dtype=torch.long)
@@ -247,10 +263,9 @@ def _parts(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.
 
 def logits_of(model, **inputs: Any) -> torch.Tensor:
     """Logits of a loaded model with its edits, or of any module that is called like one of transformers."""
-    if isinstance(model, torch.nn.Module):
-        return model(**inputs).logits
-    if not model._edits:  # nothing to intervene in: the module itself, without a trace
-        return model._module(**inputs).logits
+    if isinstance(model, torch.nn.Module) or not model._edits:  # nothing to intervene in: the module itself, without a trace
+        check_length(model, inputs["input_ids"].shape[1])
+        return getattr(model, "_module", model)(**inputs).logits
     with model.trace(**inputs):
         logits = model.logits.save()
     return logits

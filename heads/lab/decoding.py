@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 from heads.lab.ablation import ablate
 from heads.lab.answers import AnswerScore, read
 from heads.model.prefix import Prefix, join, prefill
-from heads.model.weights import heads_everywhere
+from heads.model.weights import decoder_only, heads_everywhere
+from heads.names import whole
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def _stops(model, stop: str | None) -> set[int]:
     return ids
 
 
-def _check(ids: torch.Tensor, name: str) -> None:
+def _check(model, ids: torch.Tensor, name: str) -> None:
+    decoder_only(model)
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise ValueError(f"{name} has the shape {list(ids.shape)}: expected one prompt, [1, position], two tokens or more")
 
@@ -62,13 +64,14 @@ def decode_batch(
     """
     heads_everywhere(model)
     for i, ids in enumerate(prompts):
-        _check(ids, f"prompt {i}")
+        _check(model, ids, f"prompt {i}")
     if not prompts:
         return
     prompts, stops = [ids.to(model.device) for ids in prompts], _stops(model, stop)
     longest = max(ids.shape[1] for ids in prompts)
     live, padding = list(range(len(prompts))), [longest - ids.shape[1] for ids in prompts]
-    cache = join([prefill(model, ids[:, :-1]) for ids in prompts], max_new_tokens)
+    cache = join([prefill(model, ids[:, :-1], ids.shape[1]) for ids in prompts], max_new_tokens)
+    cache.prompt = longest
     last = torch.cat([ids[:, -1:] for ids in prompts])
     for length in range(longest, longest + max_new_tokens):
         left = torch.tensor([padding[i] for i in live], device=model.device)[:, None]
@@ -122,7 +125,7 @@ class Conditions:
         prefix: `heads.Prefix(model, ids[:, :-1])`, if several batches of conditions share one prompt.
 
     Raises:
-        ValueError: no conditions, a phase that leaves decoding clean, several prompts, or a prefix of another length.
+        ValueError: no conditions, a phase that leaves decoding clean, several prompts, a prefix of other tokens; an encoder.
     """
 
     def __init__(self, model, ids, sets: dict[str, list], kind: str = "uniform", phase: str = "decode", values=None,
@@ -131,19 +134,20 @@ class Conditions:
             raise ValueError("phase='prefill' leaves decoding clean: use heads.ablate(...) for one condition at a time")
         if not sets:
             raise ValueError("no conditions: give a dict of name -> heads, for example {'none': [], 'top': scores.top(5)}")
-        _check(ids, "the prompt")
+        _check(model, ids, "the prompt")
         self.model, self.ids, self.names, self.phase = model, ids.to(model.device), list(sets), phase
-        chunks = [self.names[i : i + rows] for i in range(0, len(self.names), rows)]
+        chunks = [self.names[i : i + rows] for i in range(0, len(self.names), whole("rows", rows, 1))]
         # an empty set still needs its row, so rows are given as lists
-        options = {"phase": phase, "values": values, "prompt": ids.shape[1]}
-        self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, **options)) for c in chunks]
+        self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, phase=phase, values=values)) for c in chunks]
         if prefix is not None and not torch.equal(prefix.ids.to(model.device), self.ids[:, :-1]):
             raise ValueError(f"the prefix holds {len(prefix)} other positions: the prompt needs all of its own but the last")
-        self.prefix = (prefix or Prefix(model, self.ids[:, :-1])) if phase == "decode" else None
+        self.prefix = (prefix or Prefix(model, self.ids[:, :-1], ids.shape[1])) if phase == "decode" else None
 
     def _start(self, edited, n: int) -> Cache:
         """A cache to continue from."""
-        return self.prefix.cache() if self.prefix else prefill(edited, self.ids[:, :-1].expand(n, -1))
+        cache = self.prefix.cache() if self.prefix else prefill(edited, self.ids[:, :-1].expand(n, -1), self.ids.shape[1])
+        cache.prompt = self.ids.shape[1]
+        return cache
 
     def generate(self, max_new_tokens: int = 50, stop: str | None = "\n") -> dict[str, str]:
         """Greedy answer of each condition, up to `stop` or the end of text."""
@@ -177,14 +181,3 @@ class Conditions:
             found = read(logits, answer.expand(len(names), -1)).cpu()
             scores |= zip(names, found.split([len(answer)] * len(names)))
         return scores
-
-
-def batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices of prompts to decode together: neighbours in length, at most `tokens` with padding, or one alone."""
-    found: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if found and (len(found[-1]) + 1) * lengths[i] <= tokens:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found

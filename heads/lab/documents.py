@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from heads.lab.answers import batches, losses_in, prepared
+from heads.lab.answers import FULL, batches, losses_in, prepared
 from heads.model.zoo import sha256
 
 WINDOW = 128  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
@@ -61,9 +61,9 @@ class Summary:
         return f"{self.read} documents: {self.scored} scored{split}, {lost} skipped{why}; {self.tokens:,} tokens"
 
 
-def score_documents(model, documents: Source, out: str | Path, conditions: Mapping, kind: str = "zero", *, text: str = "text",
-                    length: int | None = None, tokens: int = 4096, window: int = 8192, shard: tuple[int, int] = (0, 1),
-                    progress: bool = True) -> Summary:  # fmt: skip
+def score_documents(model, documents: Source, out: str | Path, conditions: Mapping, kind: str = "zero", *,
+                    text: str = "text", length: int | None = None, tokens: int = 4096, window: int = 8192,
+                    shard: tuple[int, int] = (0, 1), progress: bool = True) -> Summary:  # fmt: skip
     """Mean loss per token of every document under every condition, as JSON Lines.
 
     Each line holds `index` (number of the document in the input), `id` (the document's own, if it has one), `tokens`
@@ -139,8 +139,6 @@ def source_of(documents: Source, out: str | Path) -> Path | None:
 
 def _checked(model, conditions, length, tokens, window, shard) -> int:
     """The length of the longest piece, once the arguments make sense."""
-    if model.anatomy.encoder:
-        raise ValueError(f"{model.record['name']} is an encoder: it predicts no next token, so a document has no such loss")
     if not conditions:
         raise ValueError("no conditions: give a dict of name -> heads, for example {'base': [], 'top': scores.top(0.05)}")
     if not 0 <= shard[0] < shard[1]:
@@ -292,7 +290,7 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         pieces += parts
         owners += [number] * len(parts)
     totals = {name: torch.zeros(len(group), dtype=torch.float64) for name in models}
-    for batch in batches(pieces, tokens):
+    for batch in batches(list(map(len, pieces)), tokens, FULL):
         rows = [pieces[i] for i in batch]
         owner = torch.tensor([owners[i] for i in batch]).repeat_interleave(torch.tensor([len(row) - 1 for row in rows]))
         for name, losses in losses_in(model, models, rows).items():

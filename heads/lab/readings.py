@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from heads.model.attention import call_of, pattern
 from heads.model.weights import heads_everywhere
-from heads.names import known
+from heads.names import known, whole, wholes
 from heads.scores import HeadScores
 from heads.tasks.base import Task
 
@@ -42,7 +42,7 @@ def attention_to(model, task: Task, query: str = "END", roles: Mapping[str, torc
         raise ValueError("no roles: give name -> positions, or None for those of the task")
     where = torch.stack([_positions(task, name, at) for name, at in roles.items()], 1)  # [prompt, role]
     total = 0
-    for start in range(0, len(task), batch):
+    for start in range(0, len(task), whole("batch", batch, 1)):
         part, at = task[start : start + batch], where[start : start + batch]
         rows = _rows(model, part.ids, part.roles[query])  # [layer, prompt, head, key]
         named = torch.zeros_like(part.ids, dtype=torch.bool).scatter_(1, at, True)
@@ -60,7 +60,7 @@ def _positions(task: Task, name: str, at) -> torch.Tensor:
         raise ValueError("'rest' is what no role holds: give this role another name")
     if at.shape != (len(task),) or (at < 0).any() or (at >= length).any():
         raise ValueError(f"role {name!r} needs one position below {length} for each of {len(task)} prompts")
-    return at.long()
+    return torch.tensor(wholes(f"the position of role {name!r}", at))
 
 
 def _rows(model, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -85,6 +85,8 @@ def _row(inputs, at: torch.Tensor) -> torch.Tensor:
     module, q, k, mask, kwargs = call_of(inputs)
     rows = torch.arange(len(q), device=q.device)
     at = at.to(q.device)
+    if (edited := kwargs.get("pattern_override")) is not None:
+        return edited[rows, :, at].float()
     if mask is None:  # SDPA was told that attention is causal (or, in an encoder, full) by a flag
         visible = torch.arange(k.shape[2], device=q.device) <= at[:, None]
         visible = visible if getattr(module, "is_causal", True) else torch.ones_like(visible)
@@ -127,21 +129,19 @@ def head_means(model, texts: Iterable, per_position: bool | None = None, *, posi
     return total / count
 
 
-
 def head_activations(model, texts: Iterable, position: int = -1, batch: int = 1) -> torch.Tensor:
-    """Every head's z at one position of each text, `[text, layer, head, d_head]`, float32: what probes are fitted on."""
+    """Every head's z at one position of each text, `[text, layer, head, d_head]`, float32."""
     found = [z[:, 0] for z in _activations(model, texts, [position], batch)]
     if not found:
         raise ValueError("there are no texts")
     return torch.stack(found)
 
 
-
 def _activations(model, texts, positions, batch: int) -> Iterator[torch.Tensor]:
     """z of every head for each text in turn, `[layer, position, head, d_head]`, float32; at some positions, or all."""
     heads_everywhere(model)
-    texts = iter(_listed(texts))
-    while group := [x if isinstance(x, torch.Tensor) else model.ids(x) for x in islice(texts, batch)]:
+    texts, positions = iter(_listed(texts)), None if positions is None else wholes("a position", positions)
+    while group := [x if isinstance(x, torch.Tensor) else model.ids(x) for x in islice(texts, whole("batch", batch, 1))]:
         if bad := [list(ids.shape) for ids in group if ids.dim() != 2 or len(ids) != 1 or not ids.numel()]:
             raise ValueError(f"a text of token ids {bad[0]}: expected [1, position], with at least one token")
         longest = max(ids.shape[1] for ids in group)
@@ -159,7 +159,6 @@ def _activations(model, texts, positions, batch: int) -> Iterator[torch.Tensor]:
                 raise IndexError(f"position {beyond[0]} of a text with {n} tokens")
             at = slice(n) if positions is None else [p % n for p in positions]
             yield torch.stack([x[row, at].to(z[0].device) for x in z])
-
 
 
 def _listed(texts):

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from heads.model.attention import edited
 from heads.model.prefix import Prefix
-from heads.model.weights import finished, heads_everywhere, hooked, projection
+from heads.model.weights import check_length, decoder_only, finished, heads_everywhere, hooked, projection
 
 
 class ReplayError(RuntimeError):
@@ -25,17 +25,16 @@ class ReplayError(RuntimeError):
 
 
 @contextmanager
-def swapped(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """A module that computes something else for the length of a `with`."""
-    kept = module.__dict__.get("forward")
-    module.forward = forward
+def swapped(module: torch.nn.Module, value: Any, name: str = "forward") -> Iterator[None]:
+    """A module that computes something else, or whose attribute of another name is another, for the length of a `with`."""
+    own = vars(module)
+    kept = {key: own[key] for key in own.keys() & {name}}
+    own[name] = value
     try:
         yield
     finally:
-        if kept is None:
-            del module.forward
-        else:
-            module.forward = kept
+        del own[name]
+        own |= kept
 
 
 def _first(output) -> torch.Tensor:
@@ -66,19 +65,16 @@ class Replay:
     def __init__(self, model, ids: torch.Tensor, start: int = 0, keep_parts: bool = False, check: bool = True):
         self.model, self.ids, self.start = model, ids.to(model.device), start
         self.n_layers, self.n_prompts = model.anatomy.n_layers, len(ids)
-        if model.anatomy.encoder:
-            raise ValueError(
-                f"a replay reads the next token after the last position, and {model.anatomy.family} is an encoder, "
-                "which has none: cut its heads with heads.ablate(...) and read the masked position"
-            )
+        decoder_only(model)
         heads_everywhere(model)
         if model._edits:
             raise ReplayError(
                 "a replay runs the loaded module, without the edits of this model: sweep the unedited model, "
                 "or for paths take engine='literal'"
             )
+        check_length(model, ids.shape[1])
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
-        self.prefix = Prefix(model, self.ids[:, :start]) if start else None
+        self.prefix = Prefix(model, self.ids[:, :start], ids.shape[1]) if start else None
         self._run(keep_parts)
         if check:
             self.check()
@@ -115,9 +111,8 @@ class Replay:
     def _keep_heads(self, module, args):
         self.z.append(args[0].view(*args[0].shape[:-1], self.model.anatomy.n_heads, -1))
 
-    def layer(
-        self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call: tuple | None = None, edit: Callable | None = None
-    ) -> torch.Tensor:
+    def layer(self, i: int, hidden: torch.Tensor, cache: dict, z: torch.Tensor | None = None, call: tuple | None = None,
+              edit: Callable | None = None) -> torch.Tensor:  # fmt: skip
         """One layer on other rows: `[row, position, d_model]` -> the same; from the last layer END alone, which is all
         that is read there: its heads are projected, and its MLP runs, at one position.
 
@@ -127,12 +122,13 @@ class Replay:
             z: `[row, position, head, d_head]` for the last `len(z)` rows: their heads, instead of what the
                 layer's attention gives.
             call: (arguments, keywords) for the layer, instead of those of the clean run.
-            edit: (query, key, value) -> what the attention call uses in their place.
+            edit: (query, key, value) -> what the attention call uses in their place; None leaves that of an outer `with`.
         """
         args, kwargs = call or self.calls[i]
         # Only this pass's cache: the clean run's would grow. Its name differs between architectures.
         args = tuple(cache.get("past_key_values") if isinstance(a, Cache) else a for a in args)
         kwargs = {k: cache.get("past_key_values") if isinstance(v, Cache) else v for k, v in kwargs.items()}
+
         def put(module, inputs):
             x = inputs[0].clone()
             x[-len(z) :] = z.flatten(-2)
@@ -145,8 +141,8 @@ class Replay:
             # (A layer that flattens its positions, as OPT's MLP does, computes all.)
             end = lambda module, inputs: (inputs[0][:, -1:], *inputs[1:]) if inputs[0].dim() == 3 else None  # noqa: E731
             hooks += [(module.register_forward_pre_hook, end, {}) for module in (heads, mlp and mlp._module) if module]
-        module = self.model.layers[i]
-        with torch.no_grad(), hooked(*hooks), edited(module.attn._module, edit):
+        module, attn = self.model.layers[i], self.model.layers[i].attn._module
+        with torch.no_grad(), hooked(*hooks), swapped(attn, edit or vars(attn).get("_edit"), "_edit"):
             hidden = _first(module._module(hidden, *args, **kwargs))
         return hidden[:, -1:] if last else hidden
 
@@ -193,7 +189,6 @@ class Replay:
 
 def chunks(units: list, size: int) -> list[list]:
     return [units[i : i + size] for i in range(0, len(units), size)]
-
 
 
 def room(model, positions: int, prompts: int, tokens: int | None) -> int:

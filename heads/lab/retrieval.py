@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from heads.lab.decoding import Step, batches, decode_batch
+from heads.lab.answers import batches
+from heads.lab.decoding import Step, decode_batch
 from heads.scores import HeadScores
 from heads.tasks.needle import Sample
 

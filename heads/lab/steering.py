@@ -15,17 +15,18 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 from nnsight.intervention.envoy import Envoy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from heads.lab.places import Places, head_mask, named_inputs, whole
+from heads.lab.places import Places, Positions, head_mask, layers_of, named_inputs
+from heads.lab.replay import swapped
 from heads.model.weights import hooked, projection
-from heads.names import known
+from heads.names import known, wholes
 
 HOW = ("add", "scale", "mix", "replace")
 FORMAT = "heads steering 1"
@@ -47,22 +48,22 @@ class Steering:
             function without arguments that returns one and is called in every forward pass.
         gates: a number, `[layer, head]`, or `[len(heads)]` with `heads`; or a function.
         heads: (layer, head) pairs that are steered; all if None. The others are never touched.
-        positions, decode: which tokens of the prompt, and which generated ones (all, none, or those of these
-            numbers); see `heads.lab.places.Places`.
+        positions, decode, prompt: which tokens of the prompt, which generated ones (all, none, or those of these
+            numbers), and where the prompt ends in a trace that also holds what follows; see `heads.lab.places.Places`.
 
     Raises:
         ValueError: a vector of another model or width, a gate outside its range, values that are not finite.
         LookupError: an unknown `how`. IndexError: a head that does not exist.
     """
 
-    def __init__(self, model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None, positions=None,
-                 decode=True):  # fmt: skip
+    def __init__(self, model, vectors: Values, gates: Values = 1.0, how: str = "add", *, heads=None,
+                 positions: Positions = None, decode=True, prompt: int | None = None):  # fmt: skip
         self.model, self.vectors, self.gates, self.how = model, vectors, gates, known("way to steer", how, HOW)
-        self.places = Places(positions=positions, decode=decode)
-        self.heads = None if heads is None else [whole(head, "a layer or head") for head in heads]
+        self.places = Places(positions=positions, decode=decode, prompt=prompt)
+        self.heads = None if heads is None else [wholes("a layer or head", head) for head in heads]
         if self.heads is not None and len(model.anatomy.check(self.heads)) != len(self.heads):
             raise ValueError("a head is listed twice: its vector would be ambiguous")
-        every = np.ndindex(model.anatomy.n_layers, model.anatomy.n_heads)
+        every = product(model.anatomy.attention_layers, range(model.anatomy.n_heads))
         self.mask = head_mask(model, [every if self.heads is None else self.heads])[0]  # [layer, head]
         self.tables()  # refuses what does not fit, before anything runs
 
@@ -118,7 +119,7 @@ class Steering:
         """Steer the pass that is running. Call inside a trace, once per forward."""
         at = self.places.now(model).at
         tables = self.tables() if at.any() else None
-        for i in self.mask.any(1).nonzero().flatten().tolist() if at.any() else ():
+        for i in layers_of(self.mask) if at.any() else ():
             attn = model.layers[i].attn
             attn.heads = self.change(attn.heads, i, tables, at)
 
@@ -126,24 +127,29 @@ class Steering:
     def hooks(self) -> Iterator[None]:
         """The same by plain torch hooks on the loaded module, for as long as the `with` block lasts: for training.
 
-        Every forward counts as a trace of its own. Backward belongs into the block, too: where layers are recomputed then
-        (transformers' activation checkpointing), they have to be steered once more.
+        Every forward counts as a trace of its own, but those of a `generate` as one run. Backward belongs into the block,
+        too: where layers are recomputed then (transformers' activation checkpointing), they have to be steered once more.
         """
         if self.model._edits:
             raise ValueError("hooks act on the loaded module, where the edits of this model are not: use `edited`")
-        now = {}
+        now, module = {}, self.model._module
 
         def start(_, args, kwargs):
-            now["at"], now["tables"] = self.places.of(named_inputs(args, kwargs)).at, self.tables()
+            at = self.places.of(named_inputs(args, kwargs), **vars(module).get("_run", {})).at
+            now.update(at=at, tables=self.tables())
+
+        def generate(*args, **kwargs):
+            with swapped(module, {"given": named_inputs(args, kwargs), "generates": True}, "_run"):
+                return type(module).generate(module, *args, **kwargs)
 
         def edit(layer, _, args):
             z = args[0].unflatten(-1, (self.model.anatomy.n_heads, -1))
             return (self.change(z, layer, now["tables"], now["at"]).flatten(-2), *args[1:])
 
-        hooks = [(self.model._module.register_forward_pre_hook, start, {"with_kwargs": True})]
-        for i in self.mask.any(1).nonzero().flatten().tolist():
+        hooks = [(module.register_forward_pre_hook, start, {"with_kwargs": True})]
+        for i in layers_of(self.mask):
             hooks.append((projection(self.model, i).register_forward_pre_hook, partial(edit, i), {}))
-        with hooked(*hooks):
+        with hooked(*hooks), swapped(module, generate, "generate"):
             yield
 
     def save(self, path: str | Path, recipe: dict | None = None) -> Path:
@@ -157,7 +163,7 @@ class Steering:
         vectors, gates = (table.detach().cpu().float().contiguous() for table in self.tables())
         about = {
             "format": FORMAT, "model": _identity(self.model), "how": self.how, "heads": self.heads,
-            "positions": self.places.positions, "decode": self.places.decode, "recipe": recipe or {},
+            **{key: getattr(self.places, key) for key in ("positions", "decode", "prompt")}, "recipe": recipe or {},
         }  # fmt: skip
         save_file({"vectors": vectors, "gates": gates.squeeze(-1).clone()}, path, {"heads": json.dumps(about)})
         return Path(path)
@@ -173,7 +179,7 @@ class Steering:
 
     def __repr__(self) -> str:
         count, at = "all heads" if self.heads is None else f"{len(self.heads)} heads", self.places.positions
-        where = "everywhere" if at is None else "at given positions" if isinstance(at, torch.Tensor) else f"at positions {list(at)}"
+        where = f"at positions {list(at)}" if isinstance(at, tuple) else "everywhere" if at is None else "at given positions"
         return f"Steering({self.how}, {count} of {self.model.record['name']}, {where}, decode={self.places.decode})"
 
 
@@ -208,7 +214,8 @@ def _loaded(path, model) -> Steering:
             + ", ".join(f"{key} ({saved[key]} there, {here[key]} here)" for key in wrong)
         )
     vectors, gates = (tensors[key].to(model.device) for key in ("vectors", "gates"))
-    found = Steering(model, vectors, gates, about["how"], **{key: about[key] for key in ("heads", "positions", "decode")})
+    where = {key: about.get(key) for key in ("heads", "positions", "decode", "prompt")}  # the last one is not in older files
+    found = Steering(model, vectors, gates, about["how"], **where)
     found.recipe = about["recipe"]
     return found
 

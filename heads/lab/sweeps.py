@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from heads.lab.replay import Replay, chunks, room
 from heads.metrics import Metric, logit_difference, named
-from heads.names import known
+from heads.names import known, whole
 from heads.scores import Effects
 from heads.tasks.base import DIRECTIONS, Task
 
 KINDS = ("zero", "mean", "resample", "counterfactual")
 
 
-def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequence[str] = "all", metric: str | Metric = logit_difference, *,
-                    reference: torch.Tensor | None = None, batch: int = 32, tokens: int | None = None, seed: int = 0,
-                    progress: bool = True) -> Effects:  # fmt: skip
+def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequence[str] = "all",
+                    metric: str | Metric = logit_difference, *, reference: torch.Tensor | None = None, batch: int = 32,
+                    tokens: int | None = None, seed: int = 0, progress: bool = True) -> Effects:  # fmt: skip
     """What the metric loses when each head alone is cut: mean over prompts of edited minus base.
 
     Args:
@@ -43,6 +43,7 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
         ValueError, LookupError: an unknown kind, role or metric, a reference that does not fit: before any forward pass.
     """
     known("kind of ablation", kind, KINDS)
+    whole("batch", batch, 1)
     if reference is not None and kind not in ("mean", "resample"):
         raise ValueError(f"kind={kind!r} takes no reference")
     others = task.corrupted if reference is None else reference
@@ -74,8 +75,8 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
     return Effects(torch.cat(samples), torch.cat(base), torch.cat(source) if source else None, f"change of {read.name}")
 
 
-def patching_scores(model, task: Task, direction: str = "noising", positions: str | Sequence[str] = "all", metric: str | Metric = logit_difference,
-                    **options: Any) -> Effects:  # fmt: skip
+def patching_scores(model, task: Task, direction: str = "noising", positions: str | Sequence[str] = "all",
+                    metric: str | Metric = logit_difference, **options: Any) -> Effects:  # fmt: skip
     """Activation patching of every head: the total effect of what it wrote on the other prompt.
 
     "noising" writes corrupted activations into the clean run (is the head necessary?), "denoising" clean ones into the

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from heads.names import known
+from heads.names import known, whole
 
 SCHEDULES = ("constant", "linear")
 Trained = torch.Tensor | Iterable[torch.Tensor] | Mapping[str, torch.Tensor] | nn.Module  # or what has .parameters()
@@ -94,8 +94,8 @@ def fit(trained: Trained, loss: Callable[[list], torch.Tensor], data: Sequence, 
     params = parameters_of(trained)
     if not len(data):
         raise ValueError("there is nothing to train on: data is empty")
-    if min(steps, batch) < 1:
-        raise ValueError(f"steps={steps} and batch={batch} must be at least 1")
+    for what, n in (("steps", steps), ("batch", batch), ("every", every)):
+        whole(what, n, 1)
     known("schedule", schedule, SCHEDULES)
     many = sum(p.numel() for p in params) > 10**7  # all weights: a fused update goes through memory once, not ten times
     optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=many or None)

@@ -171,7 +171,7 @@ def lora(model, rank: int = 8, parts: str = "qv", layers: Iterable[int] | None =
     """
     from peft import LoraConfig
 
-    chosen = model.anatomy.check((i, 0) for i in (range(model.anatomy.n_layers) if layers is None else layers))
+    chosen = model.anatomy.check((i, 0) for i in (model.anatomy.attention_layers if layers is None else layers))
     wanted = {parts_of(model, i)[part][0] for i, _ in chosen for part in _checked(parts)}
     if not wanted:
         raise ValueError("no layers were chosen: there is nothing to adapt")

@@ -49,7 +49,7 @@ class Argument(Located):
     def __init__(self, which: int, description: str):
         super().__init__(key="call_input", description=description)
         self.which = which
-        self(self._read).transform(lambda obj, view, raw: self._put(raw, view))
+        self(self._read).transform(self._keep)
         self.postprocess(lambda obj, value: self._put(obj._raw(self), value))
 
     def __set_name__(self, owner, name):
@@ -63,10 +63,22 @@ class Argument(Located):
                 "read q, pattern or heads, or run the condition alone with heads.ablate(...)"
             )
         # keys and values belong to the KV cache: hand out a copy, so that an edit stays in this pass
-        return (args[self.which] if self.which == 1 else args[self.which].clone()).transpose(1, 2)
+        view = (args[self.which] if self.which == 1 else args[self.which].clone()).transpose(1, 2)
+        obj.__dict__["_version", self.which] = None if view.is_inference() else view._version
+        return view
 
-    def _put(self, value, view: torch.Tensor):
+    def _keep(self, obj, view: torch.Tensor, raw):
+        """What was handed out goes back, changed in place or not; as a mere reading it changes nothing."""
+        before = obj.__dict__.get(("_version", self.which))
+        return raw if before is not None and view._version == before and self.which == 1 else self._put(raw, view, before)
+
+    def _put(self, value, view: torch.Tensor, before: int | None = None):
         args, kwargs = value
+        if self.which != 3 and kwargs.get("pattern_override") is not None and (before is None or view._version != before):
+            raise NotImplementedError(
+                f"the pattern of this layer was edited before, so an edit of {self.name} would change nothing: edit {self.name} "
+                "first, or the pattern again"
+            )
         return (*args[: self.which], view.transpose(1, 2), *args[self.which + 1 :]), kwargs
 
 

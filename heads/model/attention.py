@@ -28,6 +28,7 @@ def _group(x: torch.Tensor, n_kv: int) -> torch.Tensor:
 
 def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None, scaling: float | None = None,
             softcap: float | None = None, is_causal: bool | None = None, s_aux: torch.Tensor | None = None,
+            pattern_override: torch.Tensor | None = None,
             **_: Any) -> torch.Tensor:  # fmt: skip
     """The attention pattern of one call, as the eager formula gives it.
 
@@ -39,10 +40,13 @@ def pattern(module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor |
         scaling: factor on the logits; `d_head ** -0.5` if None.
         softcap: cap of the logits through `tanh`, if the model has one.
         s_aux: `[head]`, the logit of a sink in every row, if the model has one (gpt-oss): it takes its share and gives nothing.
+        pattern_override: what an edit has put in place of all that.
 
     Returns:
         `[batch, head, query, key]`; rows sum to one, with a sink to what it leaves. Softmax in float32, then the query's dtype.
     """
+    if pattern_override is not None:
+        return pattern_override.clone()  # the next edit changes its own
     n_kv, n_query = key.shape[1], query.shape[2]
     q = _group(query, n_kv)
     logits = q @ key.transpose(-1, -2)
@@ -78,11 +82,14 @@ def mix(weights: torch.Tensor, value: torch.Tensor, prefix: Any = None) -> torch
 
 
 def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-              pattern_override: torch.Tensor | None = None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+              pattern_override: torch.Tensor | None = None,
+              **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
-    `layers[i].attn.pattern` becomes. Returns (`[batch, query, head, d_head]`, pattern or None).
+    `layers[i].attn.pattern` becomes. For replays outside a trace the module's own `_edit(query, key, value)`, if it has
+    one, gives what is used in their place: not every architecture hands on the keywords of a layer.
+    Returns (`[batch, query, head, d_head]`, pattern or None).
     """
     prefix = getattr(key, "prefix", None)
     if (edit := module.__dict__.get("_edit")) is not None:
@@ -95,20 +102,6 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         weights = pattern(module, query, key, attention_mask, **kwargs)
     return mix(weights, value, prefix), weights
-
-
-@contextmanager
-def edited(module: torch.nn.Module, edit: Callable | None) -> Iterator[None]:
-    """While it lasts, `edit(query, key, value)` gives what this attention module's calls use in their place.
-
-    For replays outside a trace. It sits on the module and not in the keywords of a layer, which some architectures do
-    not hand on.
-    """
-    module.__dict__["_edit"] = edit
-    try:
-        yield
-    finally:
-        del module.__dict__["_edit"]
 
 
 @contextmanager
@@ -141,5 +134,3 @@ def plain_logits(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-

@@ -25,6 +25,7 @@ from transformers import (
 
 from heads.model import anatomy, attention, checks, folders, offers, zoo
 from heads.model.families import FAMILIES, family_of
+from heads.model.weights import check_length
 from heads.names import known
 
 SPARE = ("pooler.", "seq_relationship.")  # weights that some checkpoints carry beside the model, and that may be left out
@@ -57,6 +58,10 @@ class Model(TransformersModel):
         @wraps(fn)
         def run(*inputs, **named):
             given = {**({"input_ids": inputs[0]} if inputs else {}), **named}
+            ids, past = given.get("input_ids", given.get("inputs_embeds")), given.get("past_key_values")
+            if isinstance(ids, torch.Tensor):
+                new = (past.get_seq_length() if past is not None else 0) + (given.get("max_new_tokens") or 0)
+                check_length(self, ids.shape[1] + new)
             self._module.__dict__["_run"] = {"given": given, "generates": fn.__name__ == "generate"}
             try:
                 return fn(*inputs, **named)
@@ -87,6 +92,12 @@ class Model(TransformersModel):
         with self.trace(*args, **kwargs):
             found = self.output.save()
         return found
+
+    def pipe(self, *inputs: Any, **kwargs: Any) -> Any:
+        """nnsight's own. ValueError for an edited model: it does not say where the prompt ends, which edits count from."""
+        if self._edits:
+            raise ValueError("pipe does not say where the prompt of an edited model ends: use generate")
+        return super().pipe(*inputs, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, of the weights. ValueError for an edited model: an edit is no weight."""

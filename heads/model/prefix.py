@@ -7,26 +7,39 @@ keys with itself (`keys.prefix`). The call then asks it for its part: the logits
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from heads.model.attention import plain_logits
+from heads.model.weights import decoder_only
+from heads.names import whole
 
 
-def prefill(model, ids: torch.Tensor) -> DynamicCache:
-    """KV cache of a prompt, through SDPA: no pattern is materialised, no logits but the last.
+def prefill(model, ids: torch.Tensor, prompt: int | None = None) -> DynamicCache:
+    """KV cache of the beginning of prompts, through SDPA: no pattern is materialised, no logits but the last.
 
     Layers with a sliding window keep all their keys here (the mask still hides them), so that a key's
     index is its position in every layer.
 
     Args:
-        ids: `[prompt, position]`, prompts of equal length.
+        ids: `[prompt, position]`, of equal length.
+        prompt: columns of the whole prompts, which edits may count from; the cache says it to what continues it. None: at
+            least one more token follows.
+
+    Raises:
+        ValueError: an encoder, or ids of another shape; for edits at places counted from an end that is not known.
     """
+    decoder_only(model)
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"the ids are {list(ids.shape)}: expected [prompt, position], with at least one token")
     cache = DynamicCache()
-    with torch.no_grad(), model.trace(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1):
+    cache.prompt = math.inf if prompt is None else whole("the prompt's length", prompt, 1)
+    with torch.no_grad(), model.trace(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1):
         pass
+    cache.prompt = prompt
     return cache
 
 
@@ -36,7 +49,7 @@ def twice(model) -> tuple[torch.Tensor, torch.Tensor]:
     module, size = model._module, model.config.get_text_config().vocab_size
     ids, cache = (torch.arange(24, device=model.device) * (size // 7) + 5).remainder(size)[None], DynamicCache()
     module(input_ids=ids[:, :16], past_key_values=cache, use_cache=True)
-    shared = Cache(layers=[SharedLayer(layer) for layer in cache.layers])
+    shared = Cache(layers=[SharedLayer(layer, module) for layer in cache.layers])
     ours = module(input_ids=ids[:, 16:], past_key_values=shared, use_cache=True).logits
     return ours, plain_logits(module, ids)[:, 16:]
 
@@ -63,20 +76,24 @@ class Prefix:
             logits = lm.logits.save()
 
     Row r of a batch continues prompt r modulo their number, so one prompt serves many conditions, and costs memory
-    once, not once a row.
+    once, not once a row. Beams of several prompts stand in another order and are refused.
 
     Args:
         model: a loaded model; if it is edited, the prompts are read with its edits.
         ids: `[prompt, position]` token ids.
+        prompt: columns of the whole prompts, where edits count from their end or the prefix holds what follows them. None:
+            at least one more token follows, and with edits at `positions=[-1]` the prefix is refused.
 
     Raises:
-        ValueError: for a model that does not give the same logits when the beginning of a prompt is kept once.
+        ValueError: an encoder, or ids of another shape; a model that does not give the same logits when the beginning of a
+            prompt is kept once; for a batch whose rows are no multiple of the prompts.
     """
 
-    def __init__(self, model, ids: torch.Tensor):
+    def __init__(self, model, ids: torch.Tensor, prompt: int | None = None):
+        decoder_only(model)
         agrees(model)
-        self.ids = ids
-        self.layers = prefill(model, ids).layers
+        self.ids, self.prompt, self._module = ids, prompt, model._module
+        self.layers = prefill(model, ids, prompt).layers
 
     def __len__(self) -> int:
         """Positions that are kept."""
@@ -84,20 +101,29 @@ class Prefix:
 
     def cache(self) -> Cache:
         """A fresh KV cache that continues the prompts: for one pass, or for the steps of one generation."""
-        return Cache(layers=[SharedLayer(layer) for layer in self.layers])
+        found = Cache(layers=[SharedLayer(layer, self._module) for layer in self.layers])
+        found.prompt = self.prompt
+        return found
 
 
 class SharedLayer(DynamicLayer):
     """One layer's keys and values: prompts held once (`[prompt, kv_head, position, d_head]`), and what each row adds."""
 
-    def __init__(self, prefix: DynamicLayer):
+    def __init__(self, prefix: DynamicLayer, model: torch.nn.Module):
         super().__init__()
         self.prefix_keys, self.prefix_values = prefix.keys, prefix.values
+        self._model = weakref.ref(model)  # whose run says how many prompts it was given
 
     def get_seq_length(self) -> int:
         return self.prefix_keys.shape[-2] + super().get_seq_length()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
+        n, rows, run = len(self.prefix_keys), len(key_states), vars(self._model()).get("_run", {})
+        given = run.get("given", {})
+        beams = run.get("generates") and rows != len(given.get("input_ids", given.get("inputs_embeds")))
+        if rows % n or n > 1 and n != rows and beams:
+            keep = "for k beams of each, keep every row: heads.Prefix(model, ids.repeat_interleave(k, 0))"
+            raise ValueError(f"{rows} rows cannot continue {n} prompts: row r continues prompt r modulo {n}; {keep}")
         keys, values = super().update(key_states, value_states)
         marked = keys.view(keys.shape)  # not what is stored here: a tensor and its owner would keep each other alive
         marked.prefix = self
@@ -157,6 +183,8 @@ class JoinedLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.store = [part[indices] for part in self.store]
         self._show()
+
+    reorder_cache = batch_select_indices  # beams: what is shown is a view of the store
 
 
 def join(caches: list[DynamicCache], room: int) -> Cache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,25 @@ def row_of(model) -> Family:
 
 
 def decoder_only(model) -> None:
-    """Refuse an encoder. ValueError says why."""
-    if model.anatomy.encoder:
-        raise ValueError(f"{model.anatomy.family} is an encoder: its END predicts nothing. Use a decoder")
+    """Refuse an encoder, loaded or a module of transformers. ValueError says why."""
+    if row_of(model).encoder:
+        raise ValueError(f"{model.config.model_type} is an encoder: its END predicts nothing. Use a decoder")
+
+
+def check_length(model, n: int) -> None:
+    """Say so where a run of n tokens, cached ones included, is longer than the context of a model (or of a module).
+
+    Raises:
+        ValueError: where positions are learnt one by one (GPT-2, BERT): there are no more. Rotary positions go on, to where
+        the model was never trained: a warning, once.
+    """
+    config = model.config.get_text_config()
+    if n <= (context := getattr(config, "max_position_embeddings", None) or n):
+        return
+    what = f"the {context} of this {config.model_type} model's context"
+    if not getattr(config, "rope_parameters", None):
+        raise ValueError(f"{n} tokens are more than {what}: cut the prompt")
+    warnings.warn(f"a run has more tokens than {what}: what it says behind them was never trained", stacklevel=3)
 
 
 def heads_everywhere(model) -> None:
@@ -117,7 +134,7 @@ def parts(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
         q, k, v = torch.arange(sum(counts) * d).view(n_kv, -1, d).split((n // n_kv, 1, 1), 1)
         blocks = [part.flatten(0, 1) for part in (q, k, v)]
     if sum(weight_of(module).shape[1] for module in modules) != sum(counts) * d:
-        raise ValueError(f"layer {layer} of a {anatomy.family} model: queries, keys and values are not {counts} heads of {d}")
+        raise ValueError(f"layer {layer} of a {anatomy.family} model: q, k and v are not {counts} heads of {d}")
     found = dict(zip("qkv", zip(modules if len(modules) == 3 else modules * 3, blocks)))
     return {**found, "o": (attn.get_submodule(row.proj), torch.arange(n * d).view(n, d))}
 

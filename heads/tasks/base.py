@@ -10,7 +10,7 @@ from string import Formatter
 
 import torch
 
-from heads.names import count, known
+from heads.names import count, known, whole
 
 DIRECTIONS = ("noising", "denoising")  # what patching writes: corrupted into clean, or clean into corrupted
 
@@ -108,7 +108,7 @@ class Task:
 
     def batches(self, size: int) -> Iterable[Task]:
         """The prompts, `size` at a time."""
-        return (self[i : i + size] for i in range(0, len(self), size))
+        return (self[i : i + size] for i in range(0, len(self), whole("batch", size, 1)))
 
     def halves(self, seed: int = 0) -> tuple[Task, Task]:
         """Two disjoint random halves, for split-half ceilings and held-out knock-outs."""
@@ -177,10 +177,10 @@ def _encode(tokenizer, item: Item):
     twin, *longer = tokenizer([item.corrupted, *(item.prompt + text for text in texts)]).input_ids
     if len(twin) != len(ids):
         raise ValueError(f"{len(ids)} tokens, but its corrupted twin has {len(twin)}")
-    for text, whole in zip(texts, longer):
-        if whole[:-1] != ids:
+    for text, both in zip(texts, longer):
+        if both[:-1] != ids:
             raise ValueError(f"{text!r} is not one token after its prompt")
-    answer, *foils = [whole[-1] for whole in longer]
+    answer, *foils = [both[-1] for both in longer]
     roles = {}
     for role, (start, end) in item.roles.items():
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
