@@ -90,6 +90,13 @@ def count(name: str, n: int | None, available: int | None = None) -> int | None:
     return n
 
 
+def whole(name: str, n: Any, least: int = 1) -> int:
+    """`n`, if it is a whole number from `least`; else ValueError."""
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < least:
+        raise ValueError(f"{name}={n!r}: expected a whole number from {least}")
+    return n
+
+
 def lazily(package: str, file: str) -> type[ModuleType]:
     """What makes a package hand out names that are imported when they are first used.
 
