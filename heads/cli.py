@@ -159,11 +159,11 @@ def run(
     if bool(slugs) == all_:
         raise ValueError("name the papers to run, or say --all (and not both)")
     slugs = slugs or [paper.slug for paper in papers.papers() if paper.state == "ready"]
-    values = papers.texts(file) if file else {}
-    values |= dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
-    if refresh and (values or preset is not None):
+    named = papers.parsed(file, papers.texts) if file else {}
+    values = dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
+    if refresh and (named or values or preset is not None):
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p, -f and --preset away")
-    chosen = {slug: runs.plan(slug, preset, papers.read(slug, values)) for slug in slugs}  # before the first one starts
+    chosen = {s: runs.plan(s, preset, papers.read(s, named) | papers.read(s, values)) for s in slugs}  # before the first starts
     failed = 0
     for slug in slugs:
         try:

@@ -174,7 +174,7 @@ def test_parameters_come_from_a_file_too(tree, monkeypatch, capsys):
     assert called(monkeypatch, capsys, "run", "toy-paper", "-f", tree / "some.yaml", "-p", "size=8")[0] == 0
     assert seen == [("toy-paper", None, {"size": 8, "rate": 0.001, "names": ["x", "1"], "flag": True})]
     for text, words in (("size: 010", "not '010'"), ("seed: -1", "from 0"), ("sise: 1", "Did you mean 'size'"),
-                        ("- size", "some.yaml holds no parameters"), ("size: [", "some.yaml is broken: ")):  # fmt: skip
+                        ("- size", "parameters are written as name: value, not as ['size']"), ("size: [", "some.yaml is broken: ")):  # fmt: skip
         (tree / "some.yaml").write_text(text, encoding="utf-8")
         status, _, err = called(monkeypatch, capsys, "run", "toy-paper", "-f", tree / "some.yaml")
         assert status == 2 and words in err and err.count("\n") == 1
@@ -313,6 +313,17 @@ def test_a_checkout_that_cannot_be_written_is_enough(tree, tmp_path_factory):
     assert sorted(path.relative_to(tree) for path in tree.rglob("*")) == before
     assert (aside / "figures" / "toy-paper" / "result.json").is_file()
     assert {path.name for path in (aside / "runs").iterdir()} == {"toy-paper-smoke", "toy-paper-default"}
+
+
+def test_folders_may_be_named_from_here(tree):
+    """The kernel runs in the folder of the notebook: a path that begins here must not begin there."""
+    where = {"HEADS_ROOT": ".", "HEADS_FIGURES": "drawn", "HEADS_RUNS": "ran"}
+    done = subprocess.run([sys.executable, "-m", "heads", "run", "toy-paper"], cwd=tree, env=os.environ | where,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "C1 holds" in done.stdout, done.stderr
+    assert (tree / "drawn" / "toy-paper" / "result.json").is_file()
+    assert (tree / "ran" / "toy-paper-default" / "notebook.ipynb").is_file()
+    assert [path.name for path in (tree / "notebooks").iterdir()] == ["11_toy_paper.ipynb"]
 
 
 @pytest.mark.parametrize("bad", ["file", "loop", "below a file", "shut"])

@@ -81,6 +81,18 @@ def test_an_unknown_model_is_refused(tree):
         run.plan("toy-paper", None, {"model": "smollm2"})
 
 
+def test_a_folder_of_a_model_is_meant_from_here(tree, monkeypatch):
+    """The kernel runs in the folder of the notebook."""
+    nbformat.write(toy_notebook(parameters='model = "smollm2-135m"  # which\n'), papers.notebook("toy-paper"))
+    monkeypatch.chdir(tree)
+    for name in ("mine", "smollm2-135m"):
+        (tree / name).mkdir()
+    assert run.plan("toy-paper", None, {"model": "./mine"}) == run.plan("toy-paper", None, {"model": "mine"})
+    assert run.plan("toy-paper", None, {"model": "mine"}) == {"model": str(tree / "mine")}
+    assert run.plan("toy-paper", None, {"model": "smollm2-135m"}) == {"model": "smollm2-135m"}
+    assert run.plan("toy-paper", None, {"model": "owner/name"}) == {"model": "owner/name"}
+
+
 # ---- one run ------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from heads.names import known, nearest, root
 
 _yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C parser is ten times faster
 # Scalars stay text, to be read as a parameter's default is: YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False.
-_texts = partial(yaml.load, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+texts = partial(yaml.load, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 MOST = 2**32 - 1  # the largest seed that numpy takes
 FROM_ZERO = {"seed", "shots", "depth"}  # whole numbers that may be 0 though their comments do not say what 0 does
 
@@ -188,20 +188,14 @@ def _declared(statement: ast.stmt) -> tuple[str, object]:
     raise SyntaxError("no literal", ("", statement.lineno, 0, ""))
 
 
-def texts(path: Path) -> dict[str, object]:
-    """A YAML file of parameters, for `read`. ValueError where it is broken or no mapping."""
-    found = parsed(path, _texts)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no parameters: expected lines of name: value")
-    return found
-
-
 def read(slug: str, written: Mapping[str, object]) -> dict:
     """Parameters as a command line or a YAML file writes them: {name: text or list of texts} -> {name: value}.
 
     Each is read as its default is: text as it stands, numbers and the like as literals of Python or JSON, lists with
     or without brackets (`2,5,10`). What cannot be read so stays text, for `check_parameters` to refuse.
     """
+    if not isinstance(written, Mapping):
+        raise ValueError(f"parameters are written as name: value, not as {written!r}")
     defaults = {p.name: p.default for p in parameters(slug)}
     return {name: _value(text, defaults.get(name)) for name, text in written.items()}
 
@@ -274,8 +268,8 @@ def _senseless(parameter, value) -> str | None:
 def presets(slug: str) -> dict[str, dict]:
     """{preset: {parameter: value}} from data/presets/<slug>.yaml; empty without that file."""
     path = root() / "data" / "presets" / f"{paper(slug).slug}.yaml"
-    found = texts(path) if path.is_file() else {}
-    return {name: read(slug, changes or {}) for name, changes in found.items()}
+    found = parsed(path, texts) if path.is_file() else None
+    return {name: read(slug, changes or {}) for name, changes in (found or {}).items()}
 
 
 def preset(slug: str, name: str) -> dict:

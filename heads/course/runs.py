@@ -43,8 +43,9 @@ def plan(slug: str, preset: str | None = None, values: dict | None = None) -> di
 
     chosen = {**({} if preset is None else papers.preset(slug, preset)), **(values or {})}
     papers.check_parameters(slug, chosen)
-    if "model" in chosen:
-        zoo.check_name(chosen["model"])
+    if "model" in chosen and zoo.check_name(chosen["model"]) not in zoo.ZOO:
+        folder = Path(chosen["model"]).expanduser()
+        chosen["model"] = str(folder.absolute()) if folder.is_dir() else chosen["model"]  # the kernel runs elsewhere
     _check_device(chosen.get("device", "auto"))
     return json.loads(json.dumps(chosen))  # a tuple as a list: papermill would make a text of it
 
@@ -70,7 +71,7 @@ def run(slug: str, preset: str | None = None, values: dict | None = None) -> Out
     Raises what `plan` raises, and RuntimeError where a cell fails.
     """
     chosen = plan(slug, preset, values)
-    out, start = papers.run_folder(slug, chosen) / "notebook.ipynb", time.monotonic()
+    out, start = papers.run_folder(slug, chosen).absolute() / "notebook.ipynb", time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = None
     for left in out.parent.glob(f".*.{out.name}"):  # of a run that was killed; one that still runs writes it again
@@ -113,11 +114,13 @@ def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
     print(f"{source.stem}: {len(papers.code_cells(source))} cells, {where}", file=sys.stderr)
     own = str(Path(sys.prefix) / "share" / "jupyter")  # python3 is this interpreter, whatever lies in the user's home
     path = os.pathsep.join(filter(None, [own, os.environ.get("JUPYTER_PATH")]))
+    folders = (name for name in ("HEADS_ROOT", "HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS") if os.environ.get(name))
+    whole = {name: str(Path(os.environ[name]).expanduser().absolute()) for name in folders}
     try:
-        with patch.dict(os.environ, JUPYTER_PATH=path), _private() as manager:
+        with patch.dict(os.environ, whole, JUPYTER_PATH=path), _private() as manager:
             return papermill.execute_notebook(
-                source, out, cwd=source.parent, kernel_name="python3", coalesce_streams=True, log_output=False,
-                progress_bar=sys.stderr.isatty() and {"desc": source.stem}, kernel_manager_class=manager,
+                source.absolute(), out, cwd=source.absolute().parent, kernel_name="python3", coalesce_streams=True,
+                log_output=False, progress_bar=sys.stderr.isatty() and {"desc": source.stem}, kernel_manager_class=manager,
                 extra_arguments=["--log-level=CRITICAL"], **options,
             )  # fmt: skip
     except papermill.PapermillExecutionError as failed:
@@ -128,18 +131,26 @@ def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
 
 @contextmanager
 def _private() -> Iterator[type]:
-    """A kernel's manager that speaks over sockets in a folder of ours, where the system has them: nobody else can listen."""
+    """A kernel's manager that speaks over sockets in a folder of ours, where the system has them: nobody else can listen.
+    A kernel that is left when the block ends, because the run was stopped, ends, too."""
     from jupyter_client import AsyncKernelManager
 
     with TemporaryDirectory(prefix="heads-", ignore_cleanup_errors=True) as folder:
         short = os.name == "posix" and len(folder) < 90  # bytes of a socket's name: about a hundred
         sockets = {"transport": "ipc", "ip": f"{folder}/k"} if short else {}
 
+        made = []
+
         class Private(AsyncKernelManager):
             def __init__(self, **options):
                 super().__init__(**options, **sockets)
+                made.append(self)
 
-        yield Private
+        try:
+            yield Private
+        finally:
+            for process in (getattr(manager.provisioner, "process", None) for manager in made):
+                process and process.kill()
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:
