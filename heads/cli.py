@@ -63,7 +63,7 @@ def said(error: Exception) -> str:
     return text if expected and text else f"{type(error).__name__}: {text} (--debug shows where)"
 
 
-def found(slug: str) -> dict[str, str]:
+def claims(slug: str) -> dict[str, str]:
     """Claim -> verdict; a broken record is named on stderr and stops nothing."""
     try:
         return papers.verdicts(slug)
@@ -74,7 +74,7 @@ def found(slug: str) -> dict[str, str]:
 
 def verdicts(slug: str) -> str:
     """'5 hold, 1 fails' of the last default run, '' before it."""
-    counts = Counter(found(slug).values())
+    counts = Counter(claims(slug).values())
     ordered = [(v, counts[v]) for v in ("holds", "partly", "fails", "not tested here") if v in counts]
     return ", ".join(f"{n} {v.rstrip('s') if n > 1 else v}" for v, n in ordered)
 
@@ -87,8 +87,9 @@ def papers_table() -> str:
         for paper in (p for p in papers.papers() if p.part == int(part)):
             link = f"[{paper.number}](notebooks/{papers.notebook(paper.slug).name})"
             number = link if paper.state == "ready" else paper.number
-            source = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
-            lines.append(f"| {number} | {source} ({paper.year}) | {paper.question} | {verdicts(paper.slug) or paper.state} |")
+            title, found = papers.cell(paper.title), verdicts(paper.slug) or paper.state
+            source = f"[{title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else title
+            lines.append(f"| {number} | {source} ({paper.year}) | {papers.cell(paper.question)} | {found} |")
     return "\n".join(lines)
 
 
@@ -102,7 +103,7 @@ def list_(
         print(papers_table())
     elif as_json:
         facts = ("number", "slug", "title", "part", "state")
-        rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": found(p.slug)} for p in papers.papers()]
+        rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": claims(p.slug)} for p in papers.papers()]
         print(json.dumps(rows, indent=1))
     else:
         print(*listing(out.width if sys.stdout.isatty() else 120), sep="\n")

@@ -47,7 +47,7 @@ POST_NORMED = ("gemma2", "gemma3")  # what attention and MLP write goes through 
 
 
 # Files whose tests wait for kernels and commands: with two processes they begin first, so that neither ends alone.
-LONG = ("test_run", "test_cli", "test_notebooks", "test_readme", "test_study", "test_retrieval")
+LONG = ("test_run", "test_cli", "test_faults", "test_notebooks", "test_readme", "test_study", "test_retrieval")
 
 
 def pytest_configure(config):

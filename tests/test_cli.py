@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -26,6 +27,9 @@ def heads(*arguments, **env):
     """(exit status, stdout, stderr) of `python -m heads ...`."""
     done = subprocess.run([sys.executable, "-m", "heads", *arguments], capture_output=True, text=True, env=os.environ | env)
     return done.returncode, done.stdout, done.stderr
+
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and links as POSIX has them")
 
 
 def called(monkeypatch, capsys, *arguments):
@@ -88,6 +92,13 @@ def test_the_readme_table_links_what_is_ready(result):
     assert status == 0
     assert "[11](notebooks/11_toy_paper.ipynb)" in out and "1 holds, 1 fails" in out
     assert "| 12 |" in out and "planned" in out
+
+
+def test_a_title_cannot_break_the_table(result, monkeypatch):
+    paper = papers.paper("toy-paper")
+    monkeypatch.setattr(papers, "papers", lambda: [replace(paper, title="|r| <b>", question="Q & A?\nB?")])
+    line = cli.papers_table().splitlines()[-1]
+    assert "[\\|r\\| &lt;b>](" in line and "| Q &amp; A? B? |" in line and line.count("|") == 7
 
 
 def test_info_shows_both_numbers_and_the_parameters(result):
@@ -251,6 +262,7 @@ def test_a_truncated_file_of_weights_is_named(tree, monkeypatch, capsys):
     assert status == 2 and "heads: a file of weights is damaged (" in err and "Traceback" not in err
 
 
+@POSIX
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_says_so_and_stops_its_kernel(tree, how, status):
     nbformat.write(toy_notebook("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"),
@@ -270,6 +282,7 @@ def test_a_run_that_is_stopped_says_so_and_stops_its_kernel(tree, how, status):
     assert not list(tree.glob("runs/*/*")), "no half notebook"
 
 
+@POSIX
 def test_whoever_reads_may_stop_reading():
     command = f"{sys.executable} -m heads list | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
@@ -326,6 +339,7 @@ def test_folders_may_be_named_from_here(tree):
     assert [path.name for path in (tree / "notebooks").iterdir()] == ["11_toy_paper.ipynb"]
 
 
+@POSIX
 @pytest.mark.parametrize("bad", ["file", "loop", "below a file", "shut"])
 def test_doctor_and_fetch_name_a_cache_that_cannot_be_used(tree, bad):
     (tree / "file").write_text("", encoding="utf-8")

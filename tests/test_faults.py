@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import heads
 from heads.course import papers, record
 from heads.lab import documents
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+resource = pytest.importorskip("resource")  # nor is there a fork without it
 LONGER = float(os.environ.get("HEADS_STORM", 1))
 FORK = multiprocessing.get_context("fork")
 

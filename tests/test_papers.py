@@ -26,6 +26,7 @@ def test_every_ready_paper_has_a_notebook_and_presets():
         if paper.state == "ready":
             assert papers.parameters(paper.slug)
             assert {"smoke", "paper"} <= set(papers.presets(paper.slug))
+            papers.check_parameters(paper.slug, {p.name: p.default for p in papers.parameters(paper.slug)}, complete=True)
 
 
 def test_an_unknown_paper_names_the_nearest(tree):
