@@ -16,11 +16,9 @@ import yaml
 from conftest import tiny
 from toys import toy_notebook
 
-import heads.model.tiny
-from heads.scores import HeadScores
-
 from heads import cli
 from heads.course import papers, runs
+from heads.scores import HeadScores
 
 
 def heads(*arguments, **env):

@@ -11,6 +11,7 @@ import time
 
 import nbformat
 import pytest
+import torch
 from toys import DEFAULTS, FIGURE, STUDY, toy_notebook
 
 from heads.course import papers
@@ -91,6 +92,20 @@ def test_a_folder_of_a_model_is_meant_from_here(tree, monkeypatch):
     assert run.plan("toy-paper", None, {"model": "mine"}) == {"model": str(tree / "mine")}
     assert run.plan("toy-paper", None, {"model": "smollm2-135m"}) == {"model": "smollm2-135m"}
     assert run.plan("toy-paper", None, {"model": "owner/name"}) == {"model": "owner/name"}
+
+
+@pytest.mark.parametrize("device, gpus, good", [
+    ("auto", 0, True), ("cpu", 0, True), ("spread", 0, True), ("cuda", 1, True), ("cuda:1", 2, True), ("cuda", 0, False),
+    ("cuda:2", 2, False), ("cuda:-1", 2, False), ("cuda:x", 2, False), ("gpu", 2, False), ("meta", 2, False), ("cuda ", 2, False),
+])  # fmt: skip
+def test_a_device_must_be_here(tree, monkeypatch, device, gpus, good):
+    nbformat.write(toy_notebook(parameters="device = 'auto'  # which\n"), papers.notebook("toy-paper"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if good:
+        assert run.plan("toy-paper", None, {"device": device}) == {"device": device}
+    else:
+        with pytest.raises(ValueError, match=f"^device='{device}': expected 'auto', .*; this torch sees {gpus} GPUs$"):
+            run.plan("toy-paper", None, {"device": device})
 
 
 # ---- one run ------------------------------------------------------------------------------
