@@ -90,7 +90,7 @@ def count(name: str, n: int | None, available: int | None = None) -> int | None:
     return n
 
 
-def whole(name: str, n: Any, least: int = 1) -> int:
+def at_least(name: str, n: Any, least: int = 1) -> int:
     """`n`, if it is a whole number from `least`; else ValueError."""
     if isinstance(n, bool) or not isinstance(n, Integral) or n < least:
         raise ValueError(f"{name}={n!r}: expected a whole number from {least}")

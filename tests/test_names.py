@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import heads
@@ -25,6 +26,13 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all(given, said):
     with pytest.raises(LookupError) as refused:
         names.known("kind", given, iter(["zero", "mean", 3]))
     assert str(refused.value) == said
+
+
+def test_a_whole_number_from_so_many():
+    assert names.at_least("batch", 1) == 1 and names.at_least("batch", 0, 0) == 0 and names.at_least("n", np.int64(3)) == 3
+    for bad in (0, -1, 1.0, "3", None, True, float("nan")):
+        with pytest.raises(ValueError, match=f"batch={bad!r}: expected a whole number from 1"):
+            names.at_least("batch", bad)
 
 
 def test_a_file_takes_the_place_of_another_when_all_went_well(tmp_path):

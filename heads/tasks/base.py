@@ -10,7 +10,7 @@ from string import Formatter
 
 import torch
 
-from heads.names import count, known, whole
+from heads.names import at_least, count, known
 
 DIRECTIONS = ("noising", "denoising")  # what patching writes: corrupted into clean, or clean into corrupted
 
@@ -108,7 +108,7 @@ class Task:
 
     def batches(self, size: int) -> Iterable[Task]:
         """The prompts, `size` at a time."""
-        return (self[i : i + size] for i in range(0, len(self), whole("batch", size)))
+        return (self[i : i + size] for i in range(0, len(self), at_least("batch", size)))
 
     def halves(self, seed: int = 0) -> tuple[Task, Task]:
         """Two disjoint random halves, for split-half ceilings and held-out knock-outs."""
