@@ -415,6 +415,14 @@ def test_names_are_exchanged_or_two_renames_do(study, tree, monkeypatch):
     assert len(hidden(tree / "figures")) == 1, "only what the study itself writes aside"
 
 
+def test_what_an_earlier_version_left_aside_goes_too(tree):
+    machine = record.Folder(tree / "figures" / "toy-paper")._machine
+    for name in ("tmp", "new"):  # without the part that nobody can guess
+        (tree / "figures" / f".toy-paper.{name}-{machine}-99999999").mkdir()
+    Study("toy-paper", **DEFAULTS)
+    assert not [name for name in hidden(tree / "figures") if "99999999" in name]
+
+
 def test_what_is_aside_cannot_be_guessed_and_follows_no_link(tree):
     one, other = record.Folder(tree / "one").work, record.Folder(tree / "other").work
     assert one.name.rpartition("-")[2] != other.name.rpartition("-")[2] and len(one.name.rpartition("-")[2]) == 16

@@ -67,7 +67,7 @@ class Folder:
         with self._lock:  # so no swap is under way
             self._settle()
             for left in self.target.parent.glob(self._aside(f"*-{self._machine}-*").name):
-                process = int(left.name.rsplit("-", 2)[1])
+                process = int(left.name.rpartition(f"{self._machine}-")[2].partition("-")[0])
                 if process == os.getpid() or not psutil.pid_exists(process):
                     shutil.rmtree(left, ignore_errors=True)
 
