@@ -1,36 +1,80 @@
 """The command line: what there is, what it says, run it, and what works on this machine."""
 
-import ast
 import json
+import os
+import signal
 import sys
+import tempfile
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-import yaml
 from rich.console import Console
 
 from heads.course import papers
 from heads.model import zoo
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__,
+                  epilog="An error is one sentence; --debug, anywhere, shows where it came from.")  # fmt: skip
 out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def main() -> None:
-    """Entry point: an error that names its cure is printed as such, without a traceback."""
+    """Entry point: whatever goes wrong is one sentence, without a traceback unless --debug asks for it."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a question mark, where a terminal knows no dash
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends, too
     try:
-        app(standalone_mode=True)
-    except (LookupError, TypeError, ValueError, OSError, RuntimeError) as error:
-        # str() of a KeyError is a repr, and args[0] of an OSError from the system is a number
-        print(f"heads: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            app(standalone_mode=True)
+        finally:
+            sys.stdout.flush()
+    except SystemExit as stopped:
+        if stopped.code in (130, 143):
+            print("heads: stopped", file=sys.stderr)
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            print(f"heads: {said(error)}", file=sys.stderr)
+        with suppress(OSError):  # where stdout is a full disk, it still holds what can be written nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130 if isinstance(error, InterruptedError) else 2)
+
+
+def said(error: Exception) -> str:
+    """An error in one sentence that names its cure."""
+    # str() of a KeyError is a repr, and args[0] of an OSError from the system is a number
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+        return "out of memory: try smaller sizes or a smaller model"
+    if type(error).__name__ == "SafetensorError":
+        return f"a file of weights is damaged ({text}): fetch or copy the model again"
+    if isinstance(error, OSError):
+        folders = {name: os.environ.get(name) for name in ("HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS")}
+        named = [f"{name} is {set_!r}" for name, set_ in folders.items() if set_ and set_ in str(error.filename)]
+        return text + (f" ({named[0]}: name a folder that can be written)" if named else "")
+    expected = isinstance(error, (LookupError, TypeError, ValueError, RuntimeError))
+    return text if expected and text else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def claims(slug: str) -> dict[str, str]:
+    """Claim -> verdict; a broken record is named on stderr and stops nothing."""
+    try:
+        return papers.verdicts(slug)
+    except (ValueError, OSError) as error:
+        print(f"heads: {error}", file=sys.stderr)
+        return {}
 
 
 def verdicts(slug: str) -> str:
     """'5 hold, 1 fails' of the last default run, '' before it."""
-    counts = Counter(papers.verdicts(slug).values())
+    counts = Counter(claims(slug).values())
     ordered = [(v, counts[v]) for v in ("holds", "partly", "fails", "not tested here") if v in counts]
     return ", ".join(f"{n} {v.rstrip('s') if n > 1 else v}" for v, n in ordered)
 
@@ -43,9 +87,9 @@ def papers_table() -> str:
         for paper in (p for p in papers.papers() if p.part == int(part)):
             link = f"[{paper.number}](notebooks/{papers.notebook(paper.slug).name})"
             number = link if paper.state == "ready" else paper.number
-            source = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
-            found = verdicts(paper.slug) or paper.state
-            lines.append(f"| {number} | {source} ({paper.year}) | {paper.question} | {found} |")
+            title, found = papers.cell(paper.title), verdicts(paper.slug) or paper.state
+            source = f"[{title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else title
+            lines.append(f"| {number} | {source} ({paper.year}) | {papers.cell(paper.question)} | {found} |")
     return "\n".join(lines)
 
 
@@ -59,8 +103,8 @@ def list_(
         print(papers_table())
     elif as_json:
         facts = ("number", "slug", "title", "part", "state")
-        rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": papers.verdicts(p.slug)} for p in papers.papers()]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": claims(p.slug)} for p in papers.papers()]
+        print(json.dumps(rows, indent=1))
     else:
         print(*listing(out.width if sys.stdout.isatty() else 120), sep="\n")
 
@@ -70,8 +114,8 @@ def listing(width: int) -> list[str]:
     rows = [("", "paper", "title", "verdicts")]
     for p in papers.papers():
         rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untested") or p.state))
-    number, slug, title, found = (max(map(len, column)) for column in zip(*rows))
-    title = max(8, min(title, width - number - slug - found - 6))
+    number, slug, title, verdict = (max(map(len, column)) for column in zip(*rows))
+    title = max(8, min(title, width - number - slug - verdict - 6))
     rows = [(n, s, t if len(t) <= title else t[: title - 1].rstrip() + "…", v) for n, s, t, v in rows]
     return [f"{n:>{number}}  {s:<{slug}}  {t:<{title}}  {v}".rstrip() for n, s, t, v in rows]
 
@@ -79,7 +123,7 @@ def listing(width: int) -> list[str]:
 @app.command()
 def info(slug: str) -> None:
     """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
-    paper, record = papers.paper(slug), papers.result(slug)
+    paper, record = papers.paper(slug), papers.verdicts(slug) and papers.result(slug)
     out.print(f"{paper.number} · {paper.title}", style="bold")
     where = [paper.venue or str(paper.year)] + ([f"arXiv {paper.arxiv}"] if paper.arxiv else [])
     out.print(", ".join([*paper.authors, *where]))
@@ -104,6 +148,7 @@ def run(
     slugs: Annotated[Optional[list[str]], typer.Argument(metavar="SLUG...", help="Papers to run.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every ready paper.")] = False,
     p: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="A parameter; may be repeated.")] = None,
+    file: Annotated[Optional[Path], typer.Option("-f", metavar="FILE", help="Parameters in YAML; -p goes before.")] = None,
     preset: Annotated[Optional[str], typer.Option(help="A named set of parameters, such as smoke or paper.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Short for -p model=...")] = None,
     device: Annotated[Optional[str], typer.Option(help="Short for -p device=...")] = None,
@@ -115,18 +160,18 @@ def run(
     if bool(slugs) == all_:
         raise ValueError("name the papers to run, or say --all (and not both)")
     slugs = slugs or [paper.slug for paper in papers.papers() if paper.state == "ready"]
+    named = papers.parsed(file, papers.texts) if file else {}
     values = dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
-    if refresh and (values or preset):
-        raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
-    for slug in slugs:  # all of them, before the first one starts
-        runs.plan(slug, preset, values)
+    if refresh and (named or values or preset is not None):
+        raise ValueError("--refresh runs the defaults, which are what is committed: leave -p, -f and --preset away")
+    chosen = {s: runs.plan(s, preset, papers.read(s, named) | papers.read(s, values)) for s in slugs}  # before the first starts
     failed = 0
     for slug in slugs:
         try:
             if refresh:
                 print(f"{slug}: renewed {runs.refresh(slug).name}")
             else:
-                done = runs.run(slug, preset, values)
+                done = runs.run(slug, None, chosen[slug])
                 print(f"{slug}: {done.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in done.verdicts.items()))
         except RuntimeError as error:
             print(f"{slug}: failed: {error}", file=sys.stderr)
@@ -134,13 +179,12 @@ def run(
     raise typer.Exit(failed)
 
 
-def _assignment(text: str) -> tuple[str, object]:
-    """name=value, the value a Python literal (1e-3, [1, 2], None) or else YAML ([a, b], true)."""
+def _assignment(text: str) -> tuple[str, str]:
+    """name=value as two texts; `papers.read` knows what the second stands for."""
     name, equals, value = (part.strip() for part in text.partition("="))
-    for parse in (ast.literal_eval, yaml.safe_load) if name and equals else ():
-        with suppress(ValueError, SyntaxError, yaml.YAMLError):  # an unclosed bracket, say
-            return name, parse(value)
-    raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths='[500, 1000]'")
+    if not (name and equals):
+        raise ValueError(f"-p {text!r}: expected name=value, for example -p lengths=500,1000")
+    return name, value
 
 
 @app.command("score-documents")
@@ -177,8 +221,7 @@ def score_documents(
             lm, documents, out_, conditions, kind, text=field, length=length, tokens=tokens, shard=(i, n)
         )
     except KeyboardInterrupt:
-        print(f"heads: stopped; the same command goes on from {out_}.partial", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise InterruptedError(f"stopped; the same command goes on from {out_}.partial") from None
     print(done)
     if done.read and not done.scored:
         raise ValueError(f"nothing was scored: expected an object in each line, with a text in {field!r} (or say --field)")
@@ -207,7 +250,8 @@ def fetch(name: Annotated[str, typer.Argument(metavar="MODEL")] = zoo.DEFAULT) -
 
 @app.command()
 def doctor() -> None:
-    """What works here: Python, libraries, GPU, models, disk, memory. Exit status 1 if something essential is missing."""
+    """What works here: Python, libraries, GPU, models, disk, memory. Exit status 1 if something essential is missing, or
+    nothing can be written to the cache."""
     import shutil
 
     import psutil
@@ -220,9 +264,14 @@ def doctor() -> None:
 
     pins, machine, versions = record.pins(), record.hardware(), record.versions()
     wrong = [f"{name} {found or 'missing'} (expected {pin})" for name, pin, found in pins if found != pin]
-    cache = zoo.home()
-    kept = [path.stat().st_size for path in cache.glob("kept/*.kept")]
-    probe = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    cache, broken = zoo.home(), False
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+        room = f"{shutil.disk_usage(cache).free / 2**30:.0f} GB free"
+    except OSError as error:
+        broken, room = True, f"cannot be used: {said(error)}"
+    kept = [] if broken else [path.stat().st_size for path in cache.glob("kept/*.kept")]
     memory = psutil.virtual_memory()
     gpu = machine["gpu"] or f"none: everything runs on {machine['threads']} CPU threads"
     rows = [
@@ -230,7 +279,7 @@ def doctor() -> None:
         ("libraries", "; ".join(wrong) or "as pinned"),
         ("GPU", f"{gpu} (torch {versions['torch']})"),
         ("models", ", ".join(f"{n} ({'in the cache' if zoo.cached(n) else 'not fetched'})" for n in zoo.ZOO)),
-        ("cache", f"{shutil.disk_usage(probe).free / 2**30:.0f} GB free"),
+        ("cache", room),
         ("kept", f"{sum(kept) / 2**20:.2f} MB of results that notebooks share ({len(kept)})"),
         ("memory", f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GB free"),
         ("kernel", "heads" if "heads" in kernelspec.find_kernel_specs() else "no kernel named heads: run make lab"),
@@ -238,4 +287,4 @@ def doctor() -> None:
     ]
     for name, value in rows:
         out.print(f"{name:>10}  {value}")
-    raise typer.Exit(any(found is None for _, _, found in pins))
+    raise typer.Exit(broken or any(found is None for _, _, found in pins))

@@ -9,7 +9,9 @@ import ast
 import difflib
 import importlib
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from operator import index
 from pathlib import Path
@@ -39,6 +41,20 @@ def data(name: str) -> str:
     """The text of a file in data/."""
     READ.add(name)
     return (root() / "data" / name).read_text(encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` that nobody can guess, for a file that takes its place when the block ends well.
+
+    A kill at any moment leaves the old file or the new one; an error in the block, the old one.
+    """
+    aside = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def nearest(name: object, known: Iterable) -> str:

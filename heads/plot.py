@@ -109,7 +109,7 @@ def band(ax: plt.Axes, x: ArrayLike, samples: ArrayLike, label: str | None = Non
 def save(fig: plt.Figure, stem: str | Path, data: Mapping | pd.DataFrame | None = None) -> list[Path]:
     """Write `stem`.png, `stem`.svg and, with data, `stem`.csv; return the paths.
 
-    data: a DataFrame or a mapping of columns, the numbers behind the picture (6 digits).
+    data: a DataFrame or a mapping of columns, the numbers behind the picture (4 digits: a fifth differs between machines).
     The files hold no date and no software version.
     """
     stem = Path(stem)
@@ -182,5 +182,5 @@ def _table(stem, data):
         return []
     frame, table = pd.DataFrame(data), stem.with_name(f"{stem.name}.csv")
     named = not isinstance(frame.index, pd.RangeIndex)
-    frame.to_csv(table, index=named, float_format="%.6g", lineterminator="\n")
+    frame.to_csv(table, index=named, float_format=lambda x: f"{x:.{6 if x == round(x, 0) else 4}g}", lineterminator="\n")
     return [table]

@@ -73,7 +73,7 @@ POST_NORMED = ("gemma2", "gemma3", "olmo2", "olmo3")  # what attention and MLP w
 
 
 # Files whose tests wait for kernels and commands: with two processes they begin first, so that neither ends alone.
-LONG = ("test_run", "test_cli", "test_notebooks", "test_readme", "test_study", "test_retrieval")
+LONG = ("test_run", "test_cli", "test_faults", "test_notebooks", "test_readme", "test_study", "test_retrieval")
 
 
 def pytest_configure(config):
@@ -246,9 +246,11 @@ def tree(tmp_path, monkeypatch):
     from toys import toy_notebook, toy_paper
 
     both = [toy_paper("toy-paper", 11, "ready"), toy_paper("far-paper", 12, "planned")]
-    (tmp_path / "data" / "papers.yaml").write_text(yaml.safe_dump({"parts": {1: "Toys"}, "papers": both}))
-    (tmp_path / "data" / "presets" / "toy-paper.yaml").write_text("smoke: {size: 1}\npaper: {size: 9, names: [c]}\n")
+    (tmp_path / "data" / "papers.yaml").write_text(yaml.safe_dump({"parts": {1: "Toys"}, "papers": both}), encoding="utf-8")
+    presets = tmp_path / "data" / "presets" / "toy-paper.yaml"
+    presets.write_text("smoke: {size: 1}\npaper: {size: 9, names: [c]}\n", encoding="utf-8")
     nbformat.write(toy_notebook(), tmp_path / "notebooks" / "11_toy_paper.ipynb")
     monkeypatch.setenv("HEADS_ROOT", str(tmp_path))
-    monkeypatch.delenv("HEADS_FIGURES", raising=False)
+    for name in ("HEADS_FIGURES", "HEADS_RUNS"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path

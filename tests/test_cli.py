@@ -1,21 +1,41 @@
 """The command line as a user meets it: in a process of its own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+import yaml
+from conftest import tiny
 from toys import toy_notebook
 
 from heads import cli
-from heads.course import papers
+from heads.course import papers, runs
+from heads.scores import HeadScores
 
 
-def heads(*arguments):
+def heads(*arguments, **env):
     """(exit status, stdout, stderr) of `python -m heads ...`."""
-    done = subprocess.run([sys.executable, "-m", "heads", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "heads", *arguments], capture_output=True, text=True, env=os.environ | env)
     return done.returncode, done.stdout, done.stderr
+
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and links as POSIX has them")
+
+
+def called(monkeypatch, capsys, *arguments):
+    """The same from `main` in this process, as `python -m heads` calls it."""
+    monkeypatch.setattr(sys, "argv", ["heads", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0, *capsys.readouterr()
 
 
 @pytest.fixture
@@ -72,6 +92,13 @@ def test_the_readme_table_links_what_is_ready(result):
     assert "| 12 |" in out and "planned" in out
 
 
+def test_a_title_cannot_break_the_table(result, monkeypatch):
+    paper = papers.paper("toy-paper")
+    monkeypatch.setattr(papers, "papers", lambda: [replace(paper, title="|r| <b>", question="Q & A?\nB?")])
+    line = cli.papers_table().splitlines()[-1]
+    assert "[\\|r\\| &lt;b>](" in line and "| Q &amp; A? B? |" in line and line.count("|") == 7
+
+
 def test_info_shows_both_numbers_and_the_parameters(result):
     status, out, _ = heads("info", "toy-paper")
     assert status == 0
@@ -89,7 +116,21 @@ def test_info_shows_both_numbers_and_the_parameters(result):
         (["run", "far-paper"], "no notebook yet"),
         (["run", "toy-paper", "-p", "sise=3"], "Did you mean 'size'"),
         (["run", "toy-paper", "-p", "size=many"], "'size' of toy-paper is a int (default 3), not 'many'"),
-        (["run", "toy-paper", "-p", "names=[a"], "expected name=value"),
+        (["run", "toy-paper", "-p", "names=[a"], "'names' of toy-paper is a list of str (default ['a', 'b']), not '[a'"),
+        (["run", "toy-paper", "-p", "=3"], "expected name=value"),
+        (["run", "toy-paper", "-p", "seed=010"], "'seed' of toy-paper is a int (default 0), not '010'"),
+        (["run", "toy-paper", "-p", "seed=1:30"], "'seed' of toy-paper is a int (default 0), not '1:30'"),
+        (["run", "toy-paper", "-p", "seed=-1"], "'seed' of toy-paper is a whole number from 0 to 4294967295"),
+        (["run", "toy-paper", "-p", "size=0"], "'size' of toy-paper is a whole number from 1 (default 3), not 0"),
+        (["run", "toy-paper", "-p", "size=2.0"], "'size' of toy-paper is a int (default 3), not 2.0"),
+        (["run", "toy-paper", "-p", "rate=nan"], "'rate' of toy-paper is a float (default 0.5), not 'nan'"),
+        (["run", "toy-paper", "-p", "rate=NaN"], "'rate' of toy-paper must be finite (default 0.5), not nan"),
+        (["run", "toy-paper", "-p", "rate=1e999"], "'rate' of toy-paper must be finite (default 0.5), not inf"),
+        (["run", "toy-paper", "-p", "flag=yes"], "'flag' of toy-paper is a bool (default False), not 'yes'"),
+        (["run", "toy-paper", "-p", "limit=many"], "'limit' of toy-paper is a int (default None), not 'many'"),
+        (["run", "toy-paper", "--preset", ""], "no preset of toy-paper ''. Known: smoke, paper"),
+        (["run", "toy-paper", "--refresh", "--preset", ""], "--refresh runs the defaults"),
+        (["run", "toy-paper", "-f", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["run", "toy-paper", "-p", "size"], "expected name=value"),
         (["run", "toy-paper", "--preset", "smokey"], "Did you mean 'smoke'"),
         (["run", "toy-paper", "--model", "gpt2"], "no parameter 'model'"),
@@ -101,11 +142,7 @@ def test_info_shows_both_numbers_and_the_parameters(result):
     ],
 )
 def test_what_is_wrong_is_refused_in_a_line_or_two(tree, arguments, words, monkeypatch, capsys):
-    """`main` in this process, as `python -m heads` calls it."""
-    monkeypatch.setattr(sys, "argv", ["heads", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    status, (out, err) = stopped.value.code, capsys.readouterr()
+    status, out, err = called(monkeypatch, capsys, *arguments)
     assert status == 2 and words in err and out == ""
     assert "Traceback" not in err and (err.count("\n") <= 2 or "Usage" in err)
     assert not (tree / "runs").exists(), "nothing was started"
@@ -116,14 +153,203 @@ def test_one_wrong_paper_stops_all_before_the_first(tree):
     assert status == 2 and "far-paper has no notebook yet" in err and not (tree / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "text, value",
-    [("a=1", 1), ("a=1e-3", 0.001), ("a=[1e-3, 2]", [0.001, 2]), ("a=[x, y]", ["x", "y"]), ("a=true", True),
-     ("a=None", None), ("a=null", None), ("a=b=c", "b=c"), ("a=owner/name", "owner/name"), ("a='1'", "1"),
-     (" a = cuda:1", "cuda:1")],
-)  # fmt: skip
-def test_values_are_literals(text, value):
+@pytest.mark.parametrize("text, value", [("a=1", "1"), ("a=b=c", "b=c"), (" a = cuda:1", "cuda:1"), ("a=", "")])
+def test_an_assignment_is_two_texts(text, value):
     assert cli._assignment(text) == ("a", value)
+
+
+NAMED = "model = 'tiny-llama'  # a zoo name\ndevice = 'auto'  # where\nranks = [2, 5]  # of each\n"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("-p device=gpu", "device='gpu': expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or 'spread'"),
+    ("--device cuda:7777", "device='cuda:7777': expected"), ("--device meta", "device='meta': expected"),
+    ("--device=", "'device' of toy-paper must not be empty (default 'auto'), not ''"),
+    ("--model=", "'model' of toy-paper must not be empty (default 'tiny-llama'), not ''"),
+    ("-p model=", "'model' of toy-paper must not be empty"), ("--model tiny-lama", "Did you mean 'tiny-llama'"),
+    ("-p ranks=2,x", "'ranks' of toy-paper is a list of int (default [2, 5]), not [2, 'x']"),
+    ("-p ranks=2,0", "'ranks' of toy-paper is a whole number from 1"),
+])  # fmt: skip
+def test_a_model_or_a_device_that_is_not_there_is_refused_before_a_kernel_starts(tree, monkeypatch, capsys, arguments, words):
+    nbformat.write(toy_notebook(parameters=NAMED), papers.notebook("toy-paper"))
+    status, out, err = called(monkeypatch, capsys, "run", "toy-paper", *arguments.split())
+    assert status == 2 and words in err and err.count("\n") == 1 and not (tree / "runs").exists()
+
+
+def test_parameters_come_from_a_file_too(tree, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(runs, "run", lambda *given: seen.append(given) or runs.Outcome(1.0, Path("x"), {}))
+    (tree / "some.yaml").write_text("size: 7\nrate: 1e-3\nnames: [x, 1]\nflag: true\n", encoding="utf-8")
+    assert called(monkeypatch, capsys, "run", "toy-paper", "-f", tree / "some.yaml", "-p", "size=8")[0] == 0
+    assert seen == [("toy-paper", None, {"size": 8, "rate": 0.001, "names": ["x", "1"], "flag": True})]
+    for text, words in (("size: 010", "not '010'"), ("seed: -1", "from 0"), ("sise: 1", "Did you mean 'size'"),
+                        ("- size", "parameters are written as name: value, not as ['size']"), ("size: [", "some.yaml is broken: ")):  # fmt: skip
+        (tree / "some.yaml").write_text(text, encoding="utf-8")
+        status, _, err = called(monkeypatch, capsys, "run", "toy-paper", "-f", tree / "some.yaml")
+        assert status == 2 and words in err and err.count("\n") == 1
+    assert len(seen) == 1
+
+
+# ---- one handler at the door ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"claims": [', "line 1 column 13"), ('{\n"claims":\n}', "line 3 column 1"), ("", "line 1"),
+    ("[]", "not what a study writes"), ('{"paper": "toy-paper"}', "not what a study writes"), ('{"claims": [3]}', "not what"),
+])  # fmt: skip
+@pytest.mark.parametrize("how", [[], ["--json"], ["--markdown"]])
+def test_a_broken_record_stops_no_list(result, tree, monkeypatch, capsys, text, words, how):
+    (tree / "figures" / "toy-paper" / "result.json").write_text(text, encoding="utf-8")
+    status, out, err = called(monkeypatch, capsys, "list", *how)
+    assert status == 0 and "toy-paper" in out.lower() and "far-paper" in out.lower()
+    assert words in err and "toy-paper" in err and err.startswith("heads: ") and err.count("\n") == 1
+    status, out, err = called(monkeypatch, capsys, "info", "toy-paper")
+    assert status == 2 and words in err and out == ""
+
+
+@pytest.mark.parametrize("file", ["data/papers.yaml", "data/presets/toy-paper.yaml", "notebooks/11_toy_paper.ipynb"])
+def test_a_broken_file_is_named(tree, monkeypatch, capsys, file):
+    (tree / file).write_text("smoke: {\n", encoding="utf-8")
+    papers._read.cache_clear()
+    status, out, err = called(monkeypatch, capsys, "run", "toy-paper", "--preset", "smoke")
+    papers._read.cache_clear()
+    assert status == 2 and f"{Path(file).name} is broken: " in err and "line " in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "heads: out of memory: try smaller sizes or a smaller model\n"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "heads: out of memory: try smaller"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "heads: out of memory"),
+    (OSError(28, "No space left on device", "/x/y"), "heads: [Errno 28] No space left on device: '/x/y'\n"),
+    (KeyError("no such thing"), "heads: no such thing\n"), (ValueError(), "heads: ValueError:"),
+    (AttributeError("no x"), "heads: AttributeError: no x (--debug shows where)\n"), (AssertionError(), "AssertionError"),
+    (KeyboardInterrupt(), "heads: stopped\n"),
+])  # fmt: skip
+def test_whatever_goes_wrong_is_one_sentence(tree, monkeypatch, capsys, error, words):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(papers, "papers", fail)
+    status, out, err = called(monkeypatch, capsys, "list")
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 2) and words in err and err.count("\n") == 1
+    if not isinstance(error, KeyboardInterrupt):
+        monkeypatch.setattr(sys, "argv", ["heads", "list", "--debug"])
+        with pytest.raises(type(error)):
+            cli.main()
+
+
+def test_debug_shows_where():
+    status, _, err = heads("info", "nowhere")
+    assert status == 2 and "Traceback" not in err
+    for words in (["--debug", "info", "nowhere"], ["info", "nowhere", "--debug"]):
+        status, _, err = heads(*words)
+        assert status == 1 and "Traceback" in err and "no paper 'nowhere'" in err
+    assert "--debug" in heads("--help")[1]
+
+
+def test_a_truncated_file_of_weights_is_named(tree, monkeypatch, capsys):
+    model, tokenizer = tiny("llama")._module, tiny("llama").tokenizer
+    model.save_pretrained(tree / "model")
+    tokenizer.save_pretrained(tree / "model")
+    weights = tree / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    HeadScores(torch.ones(4, 4)).save(tree / "scores.json")
+    (tree / "in").write_text('{"text": "two owls"}\n', encoding="utf-8")
+    words = ["score-documents", tree / "in", tree / "out", "--scores", tree / "scores.json", "--device", "cpu", "--model"]
+    status, _, err = called(monkeypatch, capsys, *words, tree / "model")
+    assert status == 2 and "heads: a file of weights is damaged (" in err and "Traceback" not in err
+
+
+@POSIX
+@pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_says_so_and_stops_its_kernel(tree, how, status):
+    nbformat.write(toy_notebook("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"),
+                   papers.notebook("toy-paper"))  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "heads", "run", "toy-paper"], stderr=subprocess.PIPE, text=True)
+    pid, give_up = tree / "notebooks" / "pid", time.monotonic() + 60
+    while not pid.exists() or not pid.read_text():
+        assert time.monotonic() < give_up and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(how)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == status and err.endswith("heads: stopped\n") and "Traceback" not in err, err
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(pid.read_text()), 0)
+            time.sleep(0.1)
+    assert not list(tree.glob("runs/*/*")), "no half notebook"
+
+
+@POSIX
+def test_whoever_reads_may_stop_reading():
+    command = f"{sys.executable} -m heads list | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert len(done.stdout) == 10 and done.stderr == ""
+
+
+# ---- where it may be ------------------------------------------------------------------------
+
+C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_a_terminal_without_umlauts_is_enough(tree):
+    catalogue = tree / "data" / "papers.yaml"
+    text = yaml.safe_dump({**yaml.safe_load(catalogue.read_text(encoding="utf-8"))}, allow_unicode=True)
+    catalogue.write_text(text.replace("A. Author", "A. Müller–Ω"), encoding="utf-8")
+    for words in (["list"], ["list", "--json"], ["list", "--markdown"], ["info", "toy-paper"], ["run", "toy-papér"]):
+        status, out, err = heads(*words, **C)
+        assert status == 2 * (words[0] == "run") and "Traceback" not in err and out + err
+    assert "M?ller" in heads("info", "toy-paper", **C)[1] and "Müller–Ω" in heads("info", "toy-paper", PYTHONUTF8="1")[1]
+
+
+def test_the_real_list_wants_no_locale(monkeypatch):
+    monkeypatch.delenv("HEADS_ROOT", raising=False)
+    for words in (["list"], ["list", "--json"], ["info", "retrieval-head"]):
+        status, out, err = heads(*words, **C)
+        assert status == 0 and "retrieval-head" in out + words[-1] and err == ""
+
+
+def test_a_checkout_that_cannot_be_written_is_enough(tree, tmp_path_factory):
+    """Where root runs the tests, nothing is read-only: that nothing was written there is what counts."""
+    aside = tmp_path_factory.mktemp("aside")
+    before = sorted(path.relative_to(tree) for path in tree.rglob("*"))
+    tree.chmod(0o555)
+    try:
+        where = {"HEADS_FIGURES": str(aside / "figures"), "HEADS_RUNS": str(aside / "runs")}
+        for words in (["--preset", "smoke"], []):
+            status, out, err = heads("run", "toy-paper", *words, **where)
+            assert status == 0 and "C1 holds" in out, err
+    finally:
+        tree.chmod(0o755)
+    assert sorted(path.relative_to(tree) for path in tree.rglob("*")) == before
+    assert (aside / "figures" / "toy-paper" / "result.json").is_file()
+    assert {path.name for path in (aside / "runs").iterdir()} == {"toy-paper-smoke", "toy-paper-default"}
+
+
+def test_folders_may_be_named_from_here(tree):
+    """The kernel runs in the folder of the notebook: a path that begins here must not begin there."""
+    where = {"HEADS_ROOT": ".", "HEADS_FIGURES": "drawn", "HEADS_RUNS": "ran"}
+    done = subprocess.run([sys.executable, "-m", "heads", "run", "toy-paper"], cwd=tree, env=os.environ | where,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "C1 holds" in done.stdout, done.stderr
+    assert (tree / "drawn" / "toy-paper" / "result.json").is_file()
+    assert (tree / "ran" / "toy-paper-default" / "notebook.ipynb").is_file()
+    assert [path.name for path in (tree / "notebooks").iterdir()] == ["11_toy_paper.ipynb"]
+
+
+@POSIX
+@pytest.mark.parametrize("bad", ["file", "loop", "below a file", "shut"])
+def test_doctor_and_fetch_name_a_cache_that_cannot_be_used(tree, bad):
+    (tree / "file").write_text("", encoding="utf-8")
+    (tree / "loop").symlink_to(tree / "loop")
+    (tree / "shut").mkdir(mode=0o500)
+    if bad == "shut" and os.access(tree / "shut", os.W_OK):
+        pytest.skip("nothing is shut to root")
+    home = str(tree / "file" / "x" if bad == "below a file" else tree / bad)
+    status, out, err = heads("doctor", HEADS_HOME=home)
+    assert status == 1 and "cache  cannot be used: " in out and f"(HEADS_HOME is '{home}'" in out, out + err
+    status, out, err = heads("fetch", HEADS_HOME=home)
+    assert status == 2 and f"HEADS_HOME is '{home}'" in err and err.count("\n") == 1
 
 
 def test_a_run_ends_with_its_verdicts(tree):

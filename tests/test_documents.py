@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import near, plain_of, tiny
@@ -264,6 +265,55 @@ def test_a_resumed_stream_of_other_documents_is_refused(llama, tmp_path):
         score_documents(llama, others, tmp_path / "s", CONDITIONS, window=3)
 
 
+def test_a_resumed_stream_of_other_texts_without_ids_is_refused(llama, tmp_path):
+    """How long each document is in tokens was written down."""
+    first, other = ([item["text"] for item in corpus(7, seed)] for seed in (0, 2))
+    with pytest.raises(Killed):
+        score_documents(llama, killed_after(first, 6), tmp_path / "s", CONDITIONS, window=3)
+    before = (tmp_path / "s.partial").read_bytes()
+    with pytest.raises(ValueError, match="line [12], is damaged.* unless the documents are not those of the first run"):
+        score_documents(llama, other, tmp_path / "s", CONDITIONS, window=3)
+    assert (tmp_path / "s.partial").read_bytes() == before
+    score_documents(llama, first, tmp_path / "s", CONDITIONS, window=3)
+    score_documents(llama, first, tmp_path / "whole", CONDITIONS, window=3)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_an_id_that_is_no_json_is_a_reason(llama, tmp_path):
+    """NaN is none, though Python reads and writes it."""
+    (tmp_path / "in").write_text('{"id": NaN, "text": "two owls"}\n{"id": 2, "text": "two owls"}\n{"id": 3, "x": Infinity, '
+                                 '"text": "two owls"}\n', encoding="utf-8")  # fmt: skip
+    assert score_documents(llama, tmp_path / "in", tmp_path / "s", CONDITIONS).skipped == {"its id is no JSON": 1}
+    items = [{"id": own, "text": "two owls"} for own in (float("nan"), [float("inf")], {1, 2}, object(), np.int64(3), 0, [1], "x")]
+    assert score_documents(llama, items, tmp_path / "t", CONDITIONS).skipped == {"its id is no JSON": 5}
+
+    def strict(name):
+        raise AssertionError(name)
+
+    for line in (tmp_path / "s").read_text(encoding="utf-8").splitlines() + (tmp_path / "t").read_text().splitlines():
+        json.loads(line, parse_constant=strict)
+
+
+def test_no_documents_are_refused_and_an_empty_shard_is_not(llama, tmp_path):
+    (tmp_path / "in").touch()
+    for empty in ([], iter(()), tmp_path / "in"):
+        with pytest.raises(ValueError, match="there are no documents"):
+            score_documents(llama, empty, tmp_path / "s", CONDITIONS)
+    assert not list(tmp_path.glob("s*"))
+    assert score_documents(llama, corpus(1), tmp_path / "s", CONDITIONS, shard=(1, 2)).read == 0
+    assert (tmp_path / "s").read_bytes() == b""
+
+
+def test_conditions_may_be_arrays_of_heads(llama, tmp_path):
+    for n, given in enumerate((CHOSEN, np.array(CHOSEN), torch.tensor(CHOSEN), np.array(CHOSEN, dtype=np.uint8))):
+        score_documents(llama, corpus(3), tmp_path / f"{n}", {"masked": given})
+        assert (tmp_path / f"{n}").read_bytes() == (tmp_path / "0").read_bytes()
+    for wrong in (np.array([2, 3]), torch.ones(4, 4).bool(), np.array([[0.5, 1.0]]), torch.rand(2, 2)):
+        with pytest.raises(TypeError, match="a head is a pair of whole numbers"):
+            score_documents(llama, corpus(3), tmp_path / "x", {"masked": wrong})
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_a_second_process_on_the_same_output_is_refused(llama, tmp_path):
     write(tmp_path / "in", corpus(3))
     code = "import sys, heads; heads.score_documents(heads.load('tiny-llama', device='cpu'), *sys.argv[1:], {'base': []})"
@@ -352,10 +402,16 @@ def test_documents_are_never_all_held(llama, tmp_path, monkeypatch):
 def test_bad_arguments_are_refused_before_anything_is_written(llama, tmp_path):
     for wrong, message in [
         ({"shard": (2, 2)}, "numbered from 0"), ({"length": 1}, "from 2"), ({"length": 9999}, "context"),
-        ({"tokens": 0}, "at least 1"), ({"conditions": {}}, "no conditions"),
+        ({"tokens": 0}, "at least 1"), ({"conditions": {}}, "no conditions"), ({"conditions": [(0, 1)]}, "no conditions"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             score_documents(llama, corpus(1), tmp_path / "s", **{"conditions": CONDITIONS} | wrong)
+    for wrong in ({"tokens": 1.5}, {"window": None}, {"length": 8.0}, {"shard": (0, "2")}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*: expected whole numbers"):
+            score_documents(llama, corpus(1), tmp_path / "s", CONDITIONS, **wrong)
+    for wrong in (None, 3, {"text": "two owls"}):
+        with pytest.raises(TypeError, match=f"documents are a file or a list .* not {type(wrong).__name__}"):
+            score_documents(llama, wrong, tmp_path / "s", CONDITIONS)
     with pytest.raises(LookupError, match="no kind of ablation 'all'. Known: zero, mean, resample, uniform"):
         score_documents(llama, corpus(1), tmp_path / "s", CONDITIONS, kind="all")
     with pytest.raises(ValueError, match="encoder"):

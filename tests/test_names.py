@@ -41,6 +41,23 @@ def test_a_whole_number_is_returned_as_one():
     assert names.whole("seed", -1) == -1
 
 
+def test_a_file_takes_the_place_of_another_when_all_went_well(tmp_path):
+    path = tmp_path / "some.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), names.replacing(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    seen = set()
+    for text in ("one", "two"):
+        with names.replacing(path) as aside:
+            seen.add(aside.name)
+            aside.write_text(text)
+            assert aside.parent == path.parent and aside.suffix == path.suffix
+        assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+    assert len(seen) == 2, "a name that can be guessed"
+
+
 def test_every_name_of_the_facades_is_there():
     for facade in (heads, heads.tasks):
         assert facade.__all__ and set(facade.__all__) <= set(dir(facade))

@@ -19,6 +19,7 @@ import pytest
 from nbformat import v4
 from toys import toy_notebook
 
+import heads
 from heads.course import papers, record, runs
 from tests import notebooks
 
@@ -180,6 +181,38 @@ def test_a_committed_result_is_of_this_code(slug):
     assert record.current(slug), f"figures/{slug} is not of this code: run make refresh PAPER={slug}"
 
 
+def used_after_the_verdict(cells):
+    """Files of `heads` that the code after `study.verdict()` names, through the façades or by import: the digest in the
+    result, made there, must know them already."""
+    verdict = next(i for i, cell in enumerate(cells) if "study.verdict()" in cell["source"])
+    homes = {f"heads.{name}": home for name, home in heads.HOMES.items()}
+    homes |= {f"heads.tasks.{name}": home for name, home in heads.tasks.HOMES.items()}
+    package = Path(heads.__file__).parent
+    for node in (n for cell in cells[verdict + 1 :] for n in ast.walk(ast.parse(cell["source"]))):
+        if isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in (n for n in names if n and n.startswith("heads.")):
+            module, what = homes.get(name, (name, ""))
+            files = [f"{m.removeprefix('heads.').replace('.', '/')}.py" for m in (module, f"{module}.{what}")]
+            yield from (file for file in files if (package / file).is_file())
+
+
+@pytest.mark.parametrize("slug", READY)
+def test_nothing_is_first_imported_after_the_verdict(slug):
+    recorded = json.loads((ROOT / "figures" / slug / "result.json").read_text(encoding="utf-8"))["code"]["modules"]
+    assert set(used_after_the_verdict(papers.code_cells(papers.notebook(slug)))) <= set(recorded)
+
+
+def test_a_module_first_imported_after_the_verdict_is_found():
+    later = "heads.tasks.ioi(lm)\nheads.train.fit\nfrom heads.lab import paths\nfrom heads.lab.replay import room"
+    cells = [{"source": source} for source in ("import heads\nheads.load('x')", "study.verdict()", later)]
+    assert set(used_after_the_verdict(cells)) == {"tasks/ioi.py", "lab/training.py", "lab/paths.py", "lab/replay.py"}
+
+
 # Seconds of the yardstick (tests/benchmarks/yardstick.py) on the machine for which the budget was set. It was derived: on a
 # slower machine of the same kind it is .811 s, and the four notebooks whose code had not changed (41 to 44) took 1.742 times
 # as long as before, geometric mean.
@@ -197,7 +230,7 @@ def over_budget(seconds, yardstick=REFERENCE):
 
 
 def test_every_default_run_keeps_to_its_budget():
-    yardstick = json.loads((ROOT / "figures" / "benchmarks" / "yardstick.json").read_text())["ours"]
+    yardstick = json.loads((ROOT / "figures" / "benchmarks" / "yardstick.json").read_text(encoding="utf-8"))["ours"]
     assert list(over_budget({slug: notebooks.seconds(slug) for slug in READY}, yardstick)) == []
 
 

@@ -63,7 +63,7 @@ def test_the_data_behind_a_figure(tmp_path):
     fig, _ = plt.subplots()
     path = plot.save(fig, tmp_path / "1.5-dotted", {"k": [1, 2], "value": [1 / 3, 2.0]})[2]
     assert path.name == "1.5-dotted.csv"
-    assert path.read_text() == "k,value\n1,0.333333\n2,2\n"
+    assert path.read_text() == "k,value\n1,0.3333\n2,2\n"
     named = pd.DataFrame({"r": [1.0]}, index=pd.Index(["stem"], name="form"))
     assert plot.save(fig, tmp_path / "named", named)[2].read_text() == "form,r\nstem,1\n"
 

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import nbformat
 import pytest
+import torch
 from toys import DEFAULTS, FIGURE, STUDY, toy_notebook
 
 from heads.course import papers
@@ -53,6 +55,10 @@ def good(tree):
         ("toy-paper", None, {"sise": 1}, TypeError, "'size'"),
         ("toy-paper", None, {"size": "many"}, TypeError, "is a int"),
         ("toy-paper", "smoke", {"rate": "x"}, TypeError, "is a float"),
+        ("toy-paper", "", {}, LookupError, "no preset of toy-paper ''. Known: smoke, paper"),
+        ("toy-paper", None, {"size": 0}, ValueError, "is a whole number from 1"),
+        ("toy-paper", None, {"seed": -1}, ValueError, "is a whole number from 0"),
+        ("toy-paper", None, {"rate": float("nan")}, ValueError, "must be finite"),
     ],
 )
 def test_what_cannot_run_is_refused(tree, slug, preset, values, error, words):
@@ -64,11 +70,42 @@ def test_a_value_goes_before_a_preset(tree):
     assert run.plan("toy-paper", "paper", {"size": 4}) == {"size": 4, "names": ["c"]}
 
 
+def test_a_tuple_is_a_list(tree):
+    """Papermill makes a text of a tuple."""
+    assert run.plan("toy-paper", None, {"names": ("a", "c")}) == {"names": ["a", "c"]}
+
+
 def test_an_unknown_model_is_refused(tree):
     nbformat.write(toy_notebook(parameters='model = "smollm2-135m"  # which\n'), papers.notebook("toy-paper"))
     assert run.plan("toy-paper", None, {"model": "tiny-llama"}) == {"model": "tiny-llama"}
     with pytest.raises(LookupError, match="smollm2-135m"):
         run.plan("toy-paper", None, {"model": "smollm2"})
+
+
+def test_a_folder_of_a_model_is_meant_from_here(tree, monkeypatch):
+    """The kernel runs in the folder of the notebook."""
+    nbformat.write(toy_notebook(parameters='model = "smollm2-135m"  # which\n'), papers.notebook("toy-paper"))
+    monkeypatch.chdir(tree)
+    for name in ("mine", "smollm2-135m"):
+        (tree / name).mkdir()
+    assert run.plan("toy-paper", None, {"model": "./mine"}) == run.plan("toy-paper", None, {"model": "mine"})
+    assert run.plan("toy-paper", None, {"model": "mine"}) == {"model": str(tree / "mine")}
+    assert run.plan("toy-paper", None, {"model": "smollm2-135m"}) == {"model": "smollm2-135m"}
+    assert run.plan("toy-paper", None, {"model": "owner/name"}) == {"model": "owner/name"}
+
+
+@pytest.mark.parametrize("device, gpus, good", [
+    ("auto", 0, True), ("cpu", 0, True), ("spread", 0, True), ("cuda", 1, True), ("cuda:1", 2, True), ("cuda", 0, False),
+    ("cuda:2", 2, False), ("cuda:-1", 2, False), ("cuda:x", 2, False), ("gpu", 2, False), ("meta", 2, False), ("cuda ", 2, False),
+])  # fmt: skip
+def test_a_device_must_be_here(tree, monkeypatch, device, gpus, good):
+    nbformat.write(toy_notebook(parameters="device = 'auto'  # which\n"), papers.notebook("toy-paper"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if good:
+        assert run.plan("toy-paper", None, {"device": device}) == {"device": device}
+    else:
+        with pytest.raises(ValueError, match=f"^device='{device}': expected 'auto', .*; this torch sees {gpus} GPUs$"):
+            run.plan("toy-paper", None, {"device": device})
 
 
 # ---- one run ------------------------------------------------------------------------------
@@ -131,6 +168,27 @@ def test_a_killed_run_leaves_the_last_good_figures(tree, good):
     with contextlib.suppress(ProcessLookupError):  # its kernel sleeps on until it notices
         os.kill(int((tree / "halfway").read_text()), signal.SIGKILL)
     assert snapshot(tree / "figures" / "toy-paper") == good
+    folder = tree / "runs" / "toy-paper-default"
+    assert len(list(folder.iterdir())) == 1 and not (folder / "notebook.ipynb").exists(), "no half notebook"
+    write("x = 1")
+    with pytest.raises(RuntimeError, match="^cell 3: NameError"):
+        run.run("toy-paper")
+    assert [path.name for path in folder.iterdir()] == ["notebook.ipynb"], "the next run tidies up"
+
+
+def test_the_kernel_is_quiet_and_speaks_over_sockets_of_its_own(tree, capfd, monkeypatch):
+    code = "import json, sys, glob\nfrom ipykernel.connect import get_connection_info\n"
+    code += "info = get_connection_info(unpack=True)\nopen('info', 'w').write(json.dumps([info['transport'], info['ip']]))"
+    nbformat.write(bare(code), papers.notebook("toy-paper"))
+    for long in (False, True):
+        if long:  # the name of a socket has an end: then it is TCP, and quiet as well
+            (tree / ("x" * 100)).mkdir()
+            monkeypatch.setattr(tempfile, "tempdir", str(tree / ("x" * 100)))
+        run.run("toy-paper")
+        transport, ip = json.loads((tree / "notebooks" / "info").read_text(encoding="utf-8"))
+        assert transport == ("tcp" if long or os.name != "posix" else "ipc")
+        assert transport == "tcp" or not os.path.exists(os.path.dirname(ip)), "its folder is gone"
+        assert "TCP" not in capfd.readouterr().err
 
 
 # ---- the committed notebook ---------------------------------------------------------------

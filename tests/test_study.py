@@ -54,6 +54,11 @@ def hidden(folder):
     return [path.name for path in folder.glob(".*") if not path.name.endswith(".lock")]
 
 
+def of(run, tree):
+    """What a process has aside."""
+    return [name for name in hidden(tree / "figures") if f"-{run.pid}-" in name]
+
+
 # ---- parameters ---------------------------------------------------------------------------
 
 
@@ -66,6 +71,8 @@ def test_the_keywords_are_the_parameters_cell(tree):
         Study("toy-paper", **{k: v for k, v in DEFAULTS.items() if k not in ("rate", "names")})
     with pytest.raises(TypeError, match="'size' of toy-paper is a int"):
         Study("toy-paper", **{**DEFAULTS, "size": "3"})
+    with pytest.raises(ValueError, match="'seed' of toy-paper is a whole number from 0"):
+        Study("toy-paper", **{**DEFAULTS, "seed": -1})
     assert not (tree / "figures").exists(), "a refused study leaves nothing behind"
 
 
@@ -162,6 +169,14 @@ def test_the_tables_in_a_notebook(study):
     assert "| C1 |" in verdict._repr_mimebundle_()["text/markdown"]
 
 
+def test_what_is_measured_cannot_write_html(study):
+    shown = study.claim("C1", measured="<b>|r|</b>", holds=True)._repr_mimebundle_()["text/markdown"]
+    assert "&lt;b>\\|r\\|&lt;/b>" in shown and "<b>" not in shown
+    study.claim("C2", measured=None, holds=None, why="<script>\nx")
+    table = study.verdict()._repr_mimebundle_()["text/markdown"]
+    assert table.count("\n") == 3 and "&lt;script> x" in table and "<b>" not in table and "**holds**" in table
+
+
 def test_the_summary_is_the_same_on_every_machine(study, capsys):
     conclude(study)
     study.summary()
@@ -182,8 +197,9 @@ def test_a_figure_is_closed_after_it_was_kept(study):
     fig = a_figure()
     assert study.figure(fig, "1-a") is None
     assert not plt.fignum_exists(fig.number)
-    with pytest.raises(ValueError, match="file stem"):
-        study.figure(a_figure(), "../1-a")
+    for name in ("../1-a", ".", "..", "", ".hidden", "a/b", "a b", None, 3):
+        with pytest.raises(ValueError, match="file stem"):
+            study.figure(a_figure(), name)
 
 
 def test_an_animation_is_kept_and_closed(study, tree):
@@ -389,18 +405,40 @@ def test_a_swap_that_fails_puts_the_old_folder_back(study, tree, monkeypatch):
     assert snapshot(tree / "figures" / "toy-paper") == good
 
 
+def test_names_are_exchanged_or_two_renames_do(study, tree, monkeypatch):
+    for exchanged in (record._exchanged, lambda one, other: False):
+        monkeypatch.setattr(record, "_exchanged", exchanged)
+        for value in (1, 2):
+            study.figure(a_figure(value), "1-a")
+            conclude(study)
+            assert sorted(snapshot(tree / "figures" / "toy-paper")) == ["1-a.png", "1-a.svg", "result.json"]
+    assert len(hidden(tree / "figures")) == 1, "only what the study itself writes aside"
+
+
+def test_what_an_earlier_version_left_aside_goes_too(tree):
+    machine = record.Folder(tree / "figures" / "toy-paper")._machine
+    for name in ("tmp", "new"):  # without the part that nobody can guess
+        (tree / "figures" / f".toy-paper.{name}-{machine}-99999999").mkdir()
+    Study("toy-paper", **DEFAULTS)
+    assert not [name for name in hidden(tree / "figures") if "99999999" in name]
+
+
+def test_what_is_aside_cannot_be_guessed_and_follows_no_link(tree):
+    one, other = record.Folder(tree / "one").work, record.Folder(tree / "other").work
+    assert one.name.rpartition("-")[2] != other.name.rpartition("-")[2] and len(one.name.rpartition("-")[2]) == 16
+
+
 def test_a_killed_run_leaves_the_last_good_figures(study, tree):
     conclude(study)
     good = snapshot(tree / "figures" / "toy-paper")
     run = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "halfway\n"
-    left = [name for name in hidden(tree / "figures") if name.endswith(f"-{run.pid}")]
-    assert left, "the run writes aside"
+    assert of(run, tree), "the run writes aside"
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert snapshot(tree / "figures" / "toy-paper") == good
     Study("toy-paper", **DEFAULTS)
-    assert not [name for name in hidden(tree / "figures") if name.endswith(f"-{run.pid}")], "the next run tidies up"
+    assert not of(run, tree), "the next run tidies up"
 
 
 def test_two_runs_at_once_keep_out_of_each_others_way(study, tree):
@@ -408,7 +446,7 @@ def test_two_runs_at_once_keep_out_of_each_others_way(study, tree):
     assert run.stdout.readline() == "halfway\n"
     study.figure(a_figure(), "1-a")
     conclude(study)
-    assert [name for name in hidden(tree / "figures") if name.endswith(f"-{run.pid}")], "the other still writes"
+    assert of(run, tree), "the other still writes"
     assert sorted(snapshot(tree / "figures" / "toy-paper")) == ["1-a.png", "1-a.svg", "result.json"]
     run.kill()
     run.wait()

@@ -120,6 +120,10 @@ def test_a_haystack_comes_from_help_topics_a_file_or_texts(tmp_path):
         (dict(lengths=[4000], source=HAY), "the haystack holds .* tokens, .* are needed: give a longer source"),
         (dict(depths=[0.5, 1.5]), "depth 1.5 is not between 0 and 1"),
         (dict(depths=[-0.1]), "depth -0.1 is not between"),
+        (dict(depths=[]), "no needle prompts: give at least one of lengths"),
+        (dict(lengths=[]), "no needle prompts: give at least one of lengths"),
+        (dict(chosen=[]), "no needle prompts: .* chosen needles"),
+        (dict(limit=0), "needle: n=0 prompts asked for"),
     ],
 )
 def test_prompts_that_cannot_be_made_are_refused(default, arguments, words):
@@ -147,6 +151,24 @@ def test_other_bad_input_is_refused(default, tmp_path):
         haystack(tmp_path / "nowhere.txt")
     with pytest.raises(TypeError, match="a path, an iterable of texts, or None, got int"):
         haystack(3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_the_answer_is_found_in_the_needle_and_not_in_the_haystack(default, form, depth):
+    row = {"needle": "The password of the lighthouse is seven grey owls.", "stem": "The password of the lighthouse is",
+           "answer": "seven grey owls", "question": "What is the password of the lighthouse?", "id": "owls"}  # fmt: skip
+    source = ["They saw seven grey owls on the roof. seven grey owls flew away. " * 60]
+    (sample,) = needle(default, lengths=[300], depths=[depth], source=source, chosen=[row], form=form)
+    before = default.tokenizer.decode(sample.ids[0, : sample.span[0]])
+    assert default.tokenizer.decode(sample.copied).strip() == row["answer"] and before.endswith(row["stem"])
+
+
+def test_the_answer_of_a_fact_is_found_in_its_own_sentence(default):
+    for sample in facts(default, n=12, n_facts=12, seed=1):
+        text = default.tokenizer.decode(sample.ids[0])
+        sentence = next(s for s in text.split(". ") if s.startswith(text.rpartition(". ")[2]))
+        assert default.tokenizer.decode(sample.ids[0, : sample.span[1]]).endswith(sentence.rstrip("."))
 
 
 # --------------------------------------------------------------------------------------------- find_span
@@ -194,6 +216,11 @@ def test_every_fact_can_be_answered_from_its_passage_alone(default):
 def test_facts_are_made_by_their_seed(default):
     assert same(facts(default, n=3, seed=1), facts(default, n=3, seed=1))
     assert not same(facts(default, n=3, seed=1), facts(default, n=3, seed=2))
+
+
+def test_no_passages_are_refused(default):
+    with pytest.raises(ValueError, match="facts: n=0 prompts asked for"):
+        facts(default, n=0)
 
 
 @pytest.mark.parametrize("n_facts", [0, 1000])

@@ -10,18 +10,25 @@ import ast
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import tokenize
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import yaml
 
 from heads.names import known, nearest, root
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times faster
+_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C parser is ten times faster
+# Scalars stay text, to be read as a parameter's default is: YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False.
+texts = partial(yaml.load, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+MOST = 2**32 - 1  # the largest seed that numpy takes
+FROM_ZERO = {"seed", "shots", "depth"}  # whole numbers that may be 0 though their comments do not say what 0 does
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,17 @@ class Parameter:
     comment: str
 
 
+def parsed(path: Path, parse: Callable = json.loads) -> object:
+    """What a file holds, by default JSON. ValueError names the file and the line where it is broken."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from None
+
+
 @lru_cache
 def _read(folder):
-    found = yaml.load((folder / "data" / "papers.yaml").read_text(encoding="utf-8"), _Loader)
+    found = parsed(folder / "data" / "papers.yaml", _yaml)
     made = [Paper(**entry | {"claims": tuple(Claim(**claim) for claim in entry["claims"])}) for entry in found["papers"]]
     return found["parts"], made
 
@@ -94,12 +109,16 @@ def notebook(slug: str) -> Path:
 def result(slug: str, folder: Path | None = None) -> dict | None:
     """The parsed result.json of a run's folder (figures/<slug>, the last default run), or None before the first."""
     path = (folder or figures_root() / paper(slug).slug) / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return parsed(path) if path.is_file() else None
 
 
 def verdicts(slug: str, folder: Path | None = None) -> dict[str, str]:
-    """Claim -> verdict of a run, see `result`; empty before the first."""
-    return {claim["id"]: claim["verdict"] for claim in (result(slug, folder) or {"claims": []})["claims"]}
+    """Claim -> verdict of a run, see `result`; empty before the first. ValueError for what no study has written."""
+    record = result(slug, folder)
+    try:
+        return {} if record is None else {claim["id"]: claim["verdict"] for claim in record["claims"]}
+    except (LookupError, TypeError):
+        raise ValueError(f"the result.json of {slug} is not what a study writes: run heads run {slug}") from None
 
 
 def prose(measured: object) -> str:
@@ -109,6 +128,11 @@ def prose(measured: object) -> str:
     if isinstance(measured, list):
         return ", ".join(map(prose, measured))
     return "not a number" if measured is None else str(measured)
+
+
+def cell(text: object) -> str:
+    """Text for a cell of a Markdown table: no bar ends it, no line break, and it holds no HTML."""
+    return " ".join(str(text).split("\n")).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def figures_root() -> Path:
@@ -133,7 +157,7 @@ def parameters(slug: str) -> list[Parameter]:
 
 def code_cells(path: Path) -> list[dict]:
     """The code cells of the notebook file at `path`, as JSON has them."""
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    cells = parsed(Path(path))["cells"]
     return [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
 
 
@@ -164,12 +188,38 @@ def _declared(statement: ast.stmt) -> tuple[str, object]:
     raise SyntaxError("no literal", ("", statement.lineno, 0, ""))
 
 
+def read(slug: str, written: Mapping[str, object]) -> dict:
+    """Parameters as a command line or a YAML file writes them: {name: text or list of texts} -> {name: value}.
+
+    Each is read as its default is: text as it stands, numbers and the like as literals of Python or JSON, lists with
+    or without brackets (`2,5,10`). What cannot be read so stays text, for `check_parameters` to refuse.
+    """
+    if not isinstance(written, Mapping):
+        raise ValueError(f"parameters are written as name: value, not as {written!r}")
+    defaults = {p.name: p.default for p in parameters(slug)}
+    return {name: _value(text, defaults.get(name)) for name, text in written.items()}
+
+
+def _value(text, default):
+    found = text
+    for parse in (json.loads, ast.literal_eval) if isinstance(text, str) else ():
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            found = parse(text)
+    if not isinstance(default, (list, tuple)):
+        return text if isinstance(default, str) and not isinstance(found, str) else found
+    if not isinstance(found, (list, tuple)):
+        if text.count("[") != text.count("]"):
+            return text
+        found = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+    return [_value(part, default[0] if default else None) for part in found]
+
+
 def check_parameters(slug: str, values: dict, complete: bool = False) -> None:
     """Refuse what the notebook would not understand: {name: value} against its declarations, all of them if `complete`.
 
-    An int passes for a float, a bool never for a number; a default of None takes anything; list
+    An int passes for a float, a bool never for a number; a default of None takes a whole number; list
     elements must be like those of the default. Raises TypeError that names the parameter, what
-    was expected, and the nearest name.
+    was expected, and the nearest name; ValueError for a number or a text that means nothing (see `_senseless`).
     """
     declared = {p.name: p for p in parameters(slug)}
     for name, value in values.items():
@@ -178,8 +228,10 @@ def check_parameters(slug: str, values: dict, complete: bool = False) -> None:
         default = declared[name].default
         if not _fits(value, default):
             elements = sorted({type(d).__name__ for d in default}) if isinstance(default, (list, tuple)) else []
-            kind = f"list of {' or '.join(elements)}" if elements else type(default).__name__
+            kind = f"list of {' or '.join(elements)}" if elements else "int" if default is None else type(default).__name__
             raise TypeError(f"parameter {name!r} of {slug} is a {kind} (default {default!r}), not {value!r}")
+        if wrong := _senseless(declared[name], value):
+            raise ValueError(f"parameter {name!r} of {slug} {wrong} (default {default!r}), not {value!r}")
     if complete and (missing := [name for name in declared if name not in values]):
         raise TypeError(
             f"Study({slug!r}) lacks {', '.join(missing)}: pass every name of the notebook's parameters cell, by keyword"
@@ -189,7 +241,25 @@ def check_parameters(slug: str, values: dict, complete: bool = False) -> None:
 def _fits(value, default):
     if isinstance(default, (list, tuple)):
         return isinstance(value, (list, tuple)) and (not default or all(any(_fits(v, d) for d in default) for v in value))
-    return default is None or type(value) in ((int, float) if type(default) is float else (type(default),))
+    if default is None:
+        return value is None or type(value) is int
+    return type(value) in ((int, float) if type(default) is float else (type(default),))
+
+
+def _senseless(parameter, value) -> str | None:
+    """What a value of the right type must be and is not: finite; not empty; a whole number from 1, or from 0 where the
+    default or the comment says what 0 does; a seed that numpy takes, too."""
+    default, name = parameter.default, parameter.name
+    if isinstance(value, str):
+        return "must not be empty" if default and not value.strip() else None
+    whole = [d for d in (default if isinstance(default, (list, tuple)) else [default]) if type(d) is int]
+    least = min([0 if name in FROM_ZERO or re.search(r"\b0\b", parameter.comment) else 1, *whole])
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, float) and not math.isfinite(each):
+            return "must be finite"
+        if type(each) is int and (whole or default is None) and not least <= each <= (MOST if name == "seed" else math.inf):
+            return f"is a whole number from {least}" + f" to {MOST}" * (name == "seed")
+    return None
 
 
 # ---- presets and the name of a run --------------------------------------------------------
@@ -198,7 +268,8 @@ def _fits(value, default):
 def presets(slug: str) -> dict[str, dict]:
     """{preset: {parameter: value}} from data/presets/<slug>.yaml; empty without that file."""
     path = root() / "data" / "presets" / f"{paper(slug).slug}.yaml"
-    return yaml.load(path.read_text(encoding="utf-8"), _Loader) or {} if path.is_file() else {}
+    found = parsed(path, texts) if path.is_file() else None
+    return {name: read(slug, changes or {}) for name, changes in (found or {}).items()}
 
 
 def preset(slug: str, name: str) -> dict:
@@ -233,8 +304,8 @@ def run_name(slug: str, values: dict) -> str:
 
 
 def run_folder(slug: str, values: dict) -> Path:
-    """The ignored folder runs/<run name> of the repository, for the executed copy of a notebook."""
-    return root() / "runs" / run_name(slug, values)
+    """The ignored folder runs/<run name> of the repository, or of HEADS_RUNS, for the executed copy of a notebook."""
+    return Path(os.environ.get("HEADS_RUNS") or root() / "runs") / run_name(slug, values)
 
 
 def figures_folder(slug: str, values: dict) -> Path:

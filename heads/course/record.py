@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
 from hashlib import sha256
@@ -36,18 +38,21 @@ class Folder:
         self._lock = FileLock(self._aside("lock"))
         # The machine is part of the name: on a shared disk, a process id of another machine says nothing.
         self._machine = sha256(platform.node().encode()).hexdigest()[:8]
-        self._owner = f"{self._machine}-{os.getpid()}"
+        self._owner = f"{self._machine}-{os.getpid()}-{secrets.token_hex(8)}"  # and nobody can guess the whole of it
         self.work = self._aside(f"tmp-{self._owner}")
         self._recover()
         self.work.mkdir()
         atexit.register(shutil.rmtree, self.work, ignore_errors=True)
 
     def publish(self) -> None:
-        """Swap a copy of `work` in, by two renames; if that fails, the old folder is put back."""
+        """Swap a copy of `work` in, in one step where the system can, else by two renames; if that fails, the old folder
+        is put back."""
         new, old = self._aside(f"new-{self._owner}"), self._aside(f"old-{self._owner}")
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(self.work, new)
         with self._lock:
+            if self.target.exists() and _exchanged(new, self.target):
+                return shutil.rmtree(new, ignore_errors=True)
             if self.target.exists():
                 self.target.rename(old)
             try:
@@ -62,7 +67,7 @@ class Folder:
         with self._lock:  # so no swap is under way
             self._settle()
             for left in self.target.parent.glob(self._aside(f"*-{self._machine}-*").name):
-                process = int(left.name.rpartition("-")[2])
+                process = int(left.name.rpartition(f"{self._machine}-")[2].partition("-")[0])
                 if process == os.getpid() or not psutil.pid_exists(process):
                     shutil.rmtree(left, ignore_errors=True)
 
@@ -72,6 +77,13 @@ class Folder:
             if not self.target.exists():
                 old.rename(self.target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two folders have changed names in one step, as Linux can: at no moment is there none."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    at, swap = -100, 2  # relative to the working directory; RENAME_EXCHANGE
+    return exchange is not None and exchange(at, os.fsencode(one), at, os.fsencode(other), swap) == 0
 
 
 def code(slug: str) -> dict:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import nbformat
 from nbformat import NotebookNode
 
 from heads.course import papers
+from heads.names import replacing
 
 VOLATILE = ("papermill", "execution", "collapsed", "scrolled")
 LARGEST = 300_000  # bytes of a committed notebook
@@ -32,15 +37,29 @@ def plan(slug: str, preset: str | None = None, values: dict | None = None) -> di
     """The parameters of a run, all checked: nothing has been loaded yet.
 
     Raises LookupError for an unknown paper, preset or model, FileNotFoundError for a planned paper,
-    TypeError for an unknown or ill-typed parameter.
+    TypeError for an unknown or ill-typed parameter, ValueError for a senseless one and a device that is not there.
     """
     from heads.model import zoo
 
-    chosen = {**(papers.preset(slug, preset) if preset else {}), **(values or {})}
+    chosen = {**({} if preset is None else papers.preset(slug, preset)), **(values or {})}
     papers.check_parameters(slug, chosen)
-    if "model" in chosen:
-        zoo.check_name(chosen["model"])
-    return chosen
+    if "model" in chosen and zoo.check_name(chosen["model"]) not in zoo.ZOO:
+        folder = Path(chosen["model"]).expanduser()
+        chosen["model"] = str(folder.absolute()) if folder.is_dir() else chosen["model"]  # the kernel runs elsewhere
+    _check_device(chosen.get("device", "auto"))
+    return json.loads(json.dumps(chosen))  # a tuple as a list: papermill would make a text of it
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not here; torch is asked only where another than the usual is named."""
+    if device not in ("auto", "cpu", "spread"):
+        import torch
+
+        here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        kind, _, number = device.partition(":")
+        if not (number or "0").isdecimal() or int(number or 0) >= here.get(kind, 0):
+            known = f"'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or 'spread'; this torch sees {here['cuda']} GPUs"
+            raise ValueError(f"device={device!r}: expected {known}")
 
 
 def run(slug: str, preset: str | None = None, values: dict | None = None) -> Outcome:
@@ -52,12 +71,18 @@ def run(slug: str, preset: str | None = None, values: dict | None = None) -> Out
     Raises what `plan` raises, and RuntimeError where a cell fails.
     """
     chosen = plan(slug, preset, values)
-    out, start = papers.run_folder(slug, chosen) / "notebook.ipynb", time.monotonic()
+    out, start = papers.run_folder(slug, chosen).absolute() / "notebook.ipynb", time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _execute(papers.notebook(slug), out, parameters=chosen)
-    except RuntimeError as failed:
-        raise RuntimeError(f"{failed}\nThe executed copy, up to there, is {os.path.relpath(out)}") from None
+    failed = None
+    for left in out.parent.glob(f".*.{out.name}"):  # of a run that was killed; one that still runs writes it again
+        left.unlink(missing_ok=True)
+    with replacing(out) as aside:
+        try:
+            _execute(papers.notebook(slug), aside, parameters=chosen)
+        except RuntimeError as error:
+            failed = error
+    if failed:
+        raise RuntimeError(f"{failed}\nThe executed copy, up to there, is {os.path.relpath(out)}")
     return Outcome(time.monotonic() - start, out, papers.verdicts(slug, papers.figures_folder(slug, chosen)))
 
 
@@ -75,9 +100,8 @@ def refresh(slug: str) -> Path:
             raise RuntimeError(f"executed, {size // 1000} kB; 300 kB are allowed. Draw less")
     except RuntimeError as failed:
         raise RuntimeError(f"{path.name} was left as it is: {failed}") from None
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
     return path
 
 
@@ -86,20 +110,47 @@ def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    where = f"executed copy in {os.path.relpath(out)}" if out else "in a fresh kernel"
+    where = f"executed copy in {os.path.relpath(out.parent)}" if out else "in a fresh kernel"
     print(f"{source.stem}: {len(papers.code_cells(source))} cells, {where}", file=sys.stderr)
     own = str(Path(sys.prefix) / "share" / "jupyter")  # python3 is this interpreter, whatever lies in the user's home
     path = os.pathsep.join(filter(None, [own, os.environ.get("JUPYTER_PATH")]))
+    folders = (name for name in ("HEADS_ROOT", "HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS") if os.environ.get(name))
+    whole = {name: str(Path(os.environ[name]).expanduser().absolute()) for name in folders}
     try:
-        with patch.dict(os.environ, JUPYTER_PATH=path):
+        with patch.dict(os.environ, whole, JUPYTER_PATH=path), _private() as manager:
             return papermill.execute_notebook(
-                source, out, cwd=source.parent, kernel_name="python3", coalesce_streams=True, log_output=False,
-                progress_bar=sys.stderr.isatty() and {"desc": source.stem}, **options,
+                source.absolute(), out, cwd=source.absolute().parent, kernel_name="python3", coalesce_streams=True,
+                log_output=False, progress_bar=sys.stderr.isatty() and {"desc": source.stem}, kernel_manager_class=manager,
+                extra_arguments=["--log-level=CRITICAL"], **options,
             )  # fmt: skip
     except papermill.PapermillExecutionError as failed:
         raise RuntimeError(f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}") from None
     except DeadKernelError:
         raise RuntimeError("the kernel died, most often for want of memory: try smaller sizes or a smaller model") from None
+
+
+@contextmanager
+def _private() -> Iterator[type]:
+    """A kernel's manager that speaks over sockets in a folder of ours, where the system has them: nobody else can listen.
+    A kernel that is left when the block ends, because the run was stopped, ends, too."""
+    from jupyter_client import AsyncKernelManager
+
+    with TemporaryDirectory(prefix="heads-", ignore_cleanup_errors=True) as folder:
+        short = os.name == "posix" and len(folder) < 90  # bytes of a socket's name: about a hundred
+        sockets = {"transport": "ipc", "ip": f"{folder}/k"} if short else {}
+
+        made = []
+
+        class Private(AsyncKernelManager):
+            def __init__(self, **options):
+                super().__init__(**options, **sockets)
+                made.append(self)
+
+        try:
+            yield Private
+        finally:
+            for process in (getattr(manager.provisioner, "process", None) for manager in made):
+                process and process.kill()
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:

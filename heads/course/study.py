@@ -25,7 +25,7 @@ from pandas import DataFrame
 
 from heads import plot
 from heads.course import papers, record
-from heads.course.papers import prose
+from heads.course.papers import cell, prose
 from heads.names import known
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ class Study:
 
     def _keep(self, name, caption, fig, write):
         """Write a figure's files, list them in the record, close it and show the first of them with its caption."""
-        if not re.fullmatch(r"[\w.-]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
             raise ValueError(f"a figure's name is a file stem of letters, digits, '-' and '.', not {name!r}")
         files = write(self._output.work / name)
         plot.plt.close(fig)
         self._figures[name] = {"name": name, "caption": caption, "files": [f.name for f in files]}
         if get_ipython():
-            display(Shown(f"<figure {name}>", png=files[0].read_bytes()), *[Shown(c, f"*{c}*") for c in [caption] if c])
+            display(Shown(f"<figure {name}>", png=files[0].read_bytes()), *[Shown(c, f"*{cell(c)}*") for c in [caption] if c])
 
     def scores(self, name: str, scores: HeadScores) -> None:
         """Keep a HeadScores, as data, in result.json under this name."""
@@ -139,8 +139,8 @@ class Study:
         said, here = {"id": id, "text": claim.text, "paper": claim.paper}, plain(measured)
         self._claims[id] = {**said, "measured": here, "verdict": verdict, "why": why}
         (self._timed.add if timed else self._timed.discard)(id)
-        markdown = f"**{id} {verdict}.** Here: {prose(here)}. The paper: {claim.paper}. {why}"
-        return Shown(f"{id} {verdict}: {prose(here)}", markdown.rstrip())
+        markdown = f"**{id} {verdict}.** " + cell(f"Here: {prose(here)}. The paper: {claim.paper}. {why}".rstrip())
+        return Shown(f"{id} {verdict}: {prose(here)}", markdown)
 
     def summary(self) -> None:
         """Print one line for each claim, `C1 holds`, and nothing that differs between machines.
@@ -220,6 +220,6 @@ def _verdict(id, holds, partly):
 
 
 def _table(head, rows):
-    """A Markdown table; a bar inside a cell, as in |r|, is escaped."""
+    """A Markdown table; what would end a cell, as in |r|, or be HTML is escaped."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,11 +25,12 @@ from tqdm import tqdm
 
 from heads.lab.answers import FULL, batches, losses_in, prepared
 from heads.model.zoo import sha256
+from heads.names import replacing
 
 WINDOW = 128  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
 HALF = re.compile("[\ud800-\udfff]")
 
-_json = json.JSONEncoder(ensure_ascii=False).encode
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 Source = str | Path | Iterable  # a JSON Lines file, or texts and mappings
 
@@ -88,8 +88,8 @@ def score_documents(model, documents: Source, out: str | Path, conditions: Mappi
 
     Raises:
         LookupError: an unknown kind.
-        ValueError: for an encoder, a bad shard, a length beyond the context; if another process writes to `out`; or if
-            `out` or what is left of an earlier run was made with other arguments, from other documents, or is damaged.
+        ValueError: for no documents, an encoder, a bad shard, a length beyond the context; if another process writes to
+            `out`; or if `out` or what is left of an earlier run was made with other arguments, from other documents, or is damaged.
         FileNotFoundError: if there is no such file of documents, or no folder to write to.
         OSError: if a compressed file is broken or ends too early.
     """
@@ -110,12 +110,16 @@ def score_documents(model, documents: Source, out: str | Path, conditions: Mappi
         summary = Summary()
         with partial.open("r+b") as file, tqdm(desc="documents", unit="document", disable=not progress or None) as bar:
             for group in _windows(mine, window, WINDOW * tokens):
-                if not _kept(file, group, summary):
-                    for record in _score(model, models, group, length, tokens):
+                records, *found = _cut(model, group, length)
+                if not _kept(file, records, summary):
+                    for record in _score(model, models, records, *found, tokens):
                         summary.add(record)
                         file.write(_line(record))
                     file.flush()
                 bar.update(len(group))
+        if not summary.read and shard[1] == 1:
+            partial.unlink(), about.unlink()
+            raise ValueError("there are no documents: expected a text, or an object that holds one, in each line or item")
         _count(partial, summary.read)
         _write_about(about, {"run": run, "summary": asdict(summary)})
         partial.rename(out)
@@ -125,6 +129,8 @@ def score_documents(model, documents: Source, out: str | Path, conditions: Mappi
 def source_of(documents: Source, out: str | Path) -> Path | None:
     """The path of the documents, None if they are no file, once it can be read from and `out` written to."""
     source, out = Path(documents) if isinstance(documents, (str, Path)) else None, Path(out)
+    if isinstance(documents, Mapping) or not isinstance(documents, Iterable | str | Path):
+        raise TypeError(f"documents are a file or a list of texts or mappings, not {type(documents).__name__}")
     if source is not None and not source.is_file():
         what = "is a folder, not a file of documents" if source.is_dir() else "does not exist: there is no file of documents"
         raise FileNotFoundError(f"{source} {what}")
@@ -139,8 +145,12 @@ def source_of(documents: Source, out: str | Path) -> Path | None:
 
 def _checked(model, conditions, length, tokens, window, shard) -> int:
     """The length of the longest piece, once the arguments make sense."""
-    if not conditions:
+    if model.anatomy.encoder:
+        raise ValueError(f"{model.record['name']} is an encoder: it predicts no next token, so a document has no such loss")
+    if not isinstance(conditions, Mapping) or not conditions:
         raise ValueError("no conditions: give a dict of name -> heads, for example {'base': [], 'top': scores.top(0.05)}")
+    if any(type(n) is not int for n in (*shard, tokens, window, length or 2)):
+        raise TypeError(f"length={length}, tokens={tokens}, window={window}, shard={shard}: expected whole numbers")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard {shard[0]}/{shard[1]}: shards of n are numbered from 0 to n - 1")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -167,7 +177,7 @@ def _earlier(out: Path, partial: Path, about: Path, run: dict) -> Summary | None
         partial.touch()
         return None
     try:
-        record = json.loads(about.read_text())
+        record = json.loads(about.read_text(encoding="utf-8"))
         earlier, done = record["run"], Summary(**record["summary"]) if out.exists() else None
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out}: there is no record of how {kept} was made; write to another file") from None
@@ -187,21 +197,22 @@ def _count(path: Path, documents: int) -> None:
         raise ValueError(f"{path} holds {found} lines for {documents} documents: delete it and its record, and start again")
 
 
-def _kept(file, group: list[tuple], summary: Summary) -> bool:
+def _kept(file, records: list[dict], summary: Summary) -> bool:
     """Whether an earlier run has written the lines of a window, which the summary then counts.
 
     Only whole windows are kept, so that the batches of the rest are those of an undisturbed run: else the file ends here."""
-    start, lines = file.tell(), list(islice(file, len(group)))
-    if len(lines) < len(group) or not lines[-1].endswith(b"\n"):
+    start, lines = file.tell(), list(islice(file, len(records)))
+    if len(lines) < len(records) or not lines[-1].endswith(b"\n"):
         file.seek(start)
         file.truncate()
         return False
-    for n, (line, (index, own, *_)) in enumerate(zip(lines, group), summary.read + 1):
+    for n, (line, record) in enumerate(zip(lines, records), summary.read + 1):
         try:
-            if not line.startswith(_line({"index": index, "id": own})[:-2] + b", "):
+            found = json.loads(line)
+            if any(found.get(key, value) != value for key, value in record.items()):
                 raise ValueError("of another document")
-            summary.add(json.loads(line))
-        except (ValueError, KeyError, TypeError):
+            summary.add(found)
+        except (ValueError, KeyError, TypeError, AttributeError):
             path = Path(file.name)
             raise ValueError(f"{path}, line {n}, is damaged: delete {path.name}, {path.stem}.about.json and start again, "
                              "unless the documents are not those of the first run") from None  # fmt: skip
@@ -215,9 +226,8 @@ def _line(record: dict) -> bytes:
 
 def _write_about(path: Path, record: dict) -> None:
     """In one step: a kill leaves the old record or the new one."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_lines(path) -> Iterator:
@@ -248,6 +258,8 @@ def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
         found = item.get(name) if isinstance(item, Mapping) else item
         if isinstance(item, ValueError):
             yield None, None, str(item)
+        elif not _is_json(own):
+            yield None, None, "its id is no JSON"
         elif isinstance(item, Mapping) and name not in item:
             yield own, None, f"no field {name!r}"
         elif not isinstance(found, str):
@@ -258,6 +270,13 @@ def _stream(documents: Iterable, name: str) -> Iterator[tuple]:
             yield own, None, "half a surrogate pair"
         else:
             yield own, found, None
+
+
+def _is_json(item) -> bool:
+    try:
+        return item is None or isinstance(item, str) or bool(_json(item))
+    except (TypeError, ValueError, RecursionError):  # an object; NaN, which Python's JSON can write and nobody else read
+        return False
 
 
 def _windows(items: Iterable[tuple], documents: int, characters: int) -> Iterator[list[tuple]]:
@@ -273,8 +292,8 @@ def _windows(items: Iterable[tuple], documents: int, characters: int) -> Iterato
         yield group
 
 
-def _score(model, models: dict, group: list[tuple], length: int, tokens: int) -> list[dict]:
-    """Records of a window of documents, in order."""
+def _cut(model, group: list[tuple], length: int) -> tuple[list[dict], list[list[int]], list[int]]:
+    """Records of a window of documents, in order, as yet without losses; their pieces, and whose each piece is."""
     texts = [text for _, _, text, reason in group if reason is None]
     some = (texts[start : start + 256] for start in range(0, len(texts), 256))  # a tokenizer notes much about each token
     tokenised = chain.from_iterable(model.tokenizer(part, return_attention_mask=False, verbose=False).input_ids
@@ -289,7 +308,12 @@ def _score(model, models: dict, group: list[tuple], length: int, tokens: int) ->
         records.append({"index": index, "id": own} | found)
         pieces += parts
         owners += [number] * len(parts)
-    totals = {name: torch.zeros(len(group), dtype=torch.float64) for name in models}
+    return records, pieces, owners
+
+
+def _score(model, models: dict, records: list[dict], pieces: list, owners: list[int], tokens: int) -> list[dict]:
+    """The records with their losses."""
+    totals = {name: torch.zeros(len(records), dtype=torch.float64) for name in models}
     for batch in batches(list(map(len, pieces)), tokens, FULL):
         rows = [pieces[i] for i in batch]
         owner = torch.tensor([owners[i] for i in batch]).repeat_interleave(torch.tensor([len(row) - 1 for row in rows]))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from heads.lab.answers import batches
 from heads.lab.decoding import Step, decode_batch
+from heads.names import whole
 from heads.scores import HeadScores
 from heads.tasks.needle import Sample
 
@@ -134,6 +135,7 @@ def retrieval_scores(model, samples: list[Sample], max_new_tokens: int = 50, sto
         batch_tokens: prompts are decoded together as long as they hold no more tokens than this; it bounds the
             memory of the KV cache and does not change the result. 0: one by one.
     """
+    whole("max_new_tokens", max_new_tokens, 1), whole("batch_tokens", batch_tokens, 0)
     trials: dict[int, Trial] = {}
     with tqdm(total=len(samples), desc=name, unit="sample", disable=None if progress else True) as bar:
         for batch in batches([sample.ids.shape[1] for sample in samples], batch_tokens):

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from heads.names import data
+from heads.names import count, data
 from heads.tasks.needle import Sample, continuation, find_span
 
 
@@ -24,6 +24,7 @@ def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
     Raises:
         ValueError: if more facts are asked for than there are people.
     """
+    count("facts", n)
     lists, rng, samples = json.loads(data("facts.json")), np.random.default_rng(seed), []
     if not 1 <= n_facts <= len(lists["people"]):
         raise ValueError(f"n_facts={n_facts}: between 1 and {len(lists['people'])} facts fit into a passage")
@@ -38,7 +39,7 @@ def facts(model, n: int = 8, n_facts: int = 12, seed: int = 0) -> list[Sample]:
         asked = int(rng.integers(n_facts))
         prompt = f"{' '.join(sentences)} {kinds[asked]['stem'].format(person=people[asked])}"
         ids, answer_ids = continuation(model.tokenizer, prompt, f" {values[asked]}")
-        span = find_span(model.tokenizer, ids[0].tolist(), values[asked])
+        span = find_span(model.tokenizer, ids[0].tolist(), values[asked], " ".join(sentences[:asked]))
         name, length = f"facts-{seed}-{i}", ids.shape[1]
         samples.append(Sample(ids, span, values[asked], answer_ids, name, "stem", length, asked / n_facts))
     return samples

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from heads.names import data, known
+from heads.names import count, data, known
 
 FORMATS = ("stem", "chat")
 
@@ -67,7 +67,7 @@ def haystack(source: str | Path | Iterable[str] | None = None) -> str:
         path = Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"haystack {str(source)!r} is not a file: give a path, a list of texts, or None")
-        source = [path.read_text()]
+        source = [path.read_text(encoding="utf-8")]
     elif not isinstance(source, Iterable):
         raise TypeError(f"a haystack is a path, an iterable of texts, or None, got {type(source).__name__}")
     return re.sub(r"\s+", " ", " ".join(source)).strip()
@@ -92,9 +92,10 @@ def needle(model, lengths: Sequence[int] = (500,), depths: Sequence[float] = (0.
         seed: where in the haystack each sample starts.
 
     Raises:
-        LookupError: an unknown form or set. ValueError: a depth or length that cannot be met.
+        LookupError: an unknown form or set. ValueError: a depth or length that cannot be met, or nothing asked for.
     """
     known("form of a needle prompt", form, FORMATS)
+    count("needle", limit)
     tokenizer = model.tokenizer
     if form == "chat" and not tokenizer.chat_template:
         raise ValueError(f"{model.record['name']} has no chat template: use form='stem'")
@@ -104,6 +105,8 @@ def needle(model, lengths: Sequence[int] = (500,), depths: Sequence[float] = (0.
     if limit is not None and limit < len(grid):
         grid = [grid[round(i * (len(grid) - 1) / max(limit - 1, 1))] for i in range(limit)]
     rows = list(chosen) if chosen is not None else list(needles(which))
+    if not (grid and rows):
+        raise ValueError("no needle prompts: give at least one of lengths, of depths and of chosen needles")
     hay = tokenizer(haystack(source), add_special_tokens=False, verbose=False).input_ids
     starts = torch.randint(len(hay), (len(grid),), generator=torch.Generator().manual_seed(seed)).tolist()
     return [
@@ -129,7 +132,8 @@ def _sample(tokenizer, row, hay, start, length, depth, form, buffer) -> Sample:
         message = [{"role": "user", "content": f"{context}\n\nAnswer from the text above. {row['question']}"}]
         prompt, lead = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), ""
     ids, answer_ids = continuation(tokenizer, prompt, lead + row["answer"], special=form == "stem")
-    span = find_span(tokenizer, ids[0].tolist(), row["answer"])
+    ahead = prompt[: prompt.find(context) + len(f"{before} " if before else "")].rstrip()  # the haystack may hold the answer, too
+    span = find_span(tokenizer, ids[0].tolist(), row["answer"], ahead, special=form == "stem")
     return Sample(ids, span, row["answer"], answer_ids, row["id"], form, length, depth)
 
 
@@ -148,21 +152,26 @@ def continuation(tokenizer, prompt: str, answer: str, special: bool = True) -> t
     return torch.tensor([ids]), torch.tensor(tokenizer(answer, add_special_tokens=False).input_ids)
 
 
-def find_span(tokenizer, ids: list[int], answer: str) -> tuple[int, int]:
+def find_span(tokenizer, ids: list[int], answer: str, ahead: str = "", special: bool = True) -> tuple[int, int]:
     """Where the answer's tokens stand in a prompt: the first exact match, with or without a leading space;
     else the released code's rule, the first window of the answer's length that holds over 90 % of its
     distinct tokens.
+
+    Args:
+        ahead: the text before the sentence that holds the answer: what stands there does not count.
+        special: whether the prompt begins with the tokenizer's special tokens.
 
     Raises:
         ValueError: if neither finds it.
     """
     forms = [tokenizer(text, add_special_tokens=False).input_ids for text in (f" {answer}", answer)]
+    start = continuation(tokenizer, ahead, answer, special)[0].shape[1] if ahead else 0
     for form in forms:
-        for i in range(len(ids) - len(form) + 1):
+        for i in range(start, len(ids) - len(form) + 1):
             if ids[i : i + len(form)] == form:
                 return i, i + len(form)
     wanted, n = set(forms[0]), len(forms[0])
-    for i in range(len(ids) - n + 1):
+    for i in range(start, len(ids) - n + 1):
         if len(wanted & set(ids[i : i + n])) / len(wanted) > 0.9:
             return i, i + n
     raise ValueError(f"the answer {answer!r} was not found among the prompt's tokens")
