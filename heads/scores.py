@@ -93,7 +93,7 @@ class HeadScores:
         """
         if isinstance(k, Real) and 0 < k < 1:
             k = int(np.ceil(round(k * len(self), 6)))
-        if k != int(k) or not 0 <= k <= len(self):
+        if not 0 <= k <= len(self) or k != int(k):
             raise ValueError(f"top({k}): expected a count from 0 to {len(self)}, or a share between 0 and 1")
         return self.rank()[: int(k)]
 
@@ -157,13 +157,13 @@ class HeadScores:
     def save(self, path: str | Path) -> Path:
         """Write name and values as JSON."""
         path = Path(path)
-        path.write_text(json.dumps({"name": self.name, **self.to_dict()}) + "\n")
+        path.write_text(json.dumps({"name": self.name, **self.to_dict()}) + "\n", encoding="utf-8")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
         """What `save` wrote."""
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls.from_dict(data, data["name"])
 
 
@@ -281,7 +281,9 @@ class Effects(HeadScores):
 
     def interval(self, level: float = 0.95, n: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap interval of the mean over prompts, `([layer, head], [layer, head])`."""
-        rng, prompts = np.random.default_rng(seed), len(self.samples)
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}: expected a share between 0 and 1")
+        rng, prompts, n = np.random.default_rng(seed), len(self.samples), whole("n", n, 1)
         weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=n) / prompts
         means = np.tensordot(weights, self.samples, axes=1)
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)

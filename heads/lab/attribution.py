@@ -15,7 +15,7 @@ import torch
 from heads.metrics import Metric, logit_difference, named
 from heads.model.offers import require
 from heads.model.weights import heads_everywhere, norm, output_projection, post_norms, projection, row_of, finished
-from heads.names import known
+from heads.names import known, whole
 from heads.scores import Effects
 from heads.tasks.base import DIRECTIONS, Task
 
@@ -139,10 +139,11 @@ def direct_attribution(
             not the sum of what is written to it (scaled residuals).
     """
     read = _differentiable(metric)
+    known("reference", reference, (None, "mean"))
+    parts = task.batches(batch)
     heads_everywhere(model)
     require(model, "readout", "mlp")
-    known("reference", reference, (None, "mean"))
-    found = [_attribute(model, part, read, keep=reference == "mean") for part in task.batches(batch)]
+    found = [_attribute(model, part, read, keep=reference == "mean") for part in parts]
     samples, mlps, embedding, biases, base = (torch.cat([x[i] for x in found]) for i in range(5))
     if reference == "mean":
         z, reads, out, u = (torch.cat([x[i] for x in found]) for i in range(5, 9))
@@ -208,9 +209,9 @@ def _meant(model, task: Task, metric: str | Metric, direction: str, positions) -
     """The metric, and the task with its base run first; what cannot be meant is refused."""
     read = _differentiable(metric)
     known("direction", direction, DIRECTIONS)
+    task.at(positions)
     heads_everywhere(model)
     require(model, "mlp")
-    task.at(positions)
     return read, task if direction == "noising" else task.swapped()
 
 
@@ -235,6 +236,7 @@ def attribution_patching(model, task: Task, metric: str | Metric = logit_differe
         ValueError: for a metric without a gradient (KL, accuracies), before any pass; an unknown direction; an encoder.
         LookupError: for an unknown role.
     """
+    whole("batch", batch, 1)
     read, task = _meant(model, task, metric, direction, positions)
     parts = [_first_order(model, part, read, positions) for part in task.batches(batch)]
     heads, mlps, base, source = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -274,9 +276,10 @@ def logit_lens(model, task: Task, metric: str | Metric = logit_difference, batch
         the model's own. Float32, on the CPU.
     """
     read = named(metric)
+    parts = task.batches(batch)
     require(model, "readout")
     found = []
-    for part in task.batches(batch):
+    for part in parts:
         with model.trace(input_ids=part.ids.to(model.device), logits_to_keep=1, use_cache=False):
             streams = nnsight.save([])
             for layer in model.layers:

@@ -29,7 +29,7 @@ from heads.model.weights import (
     qk_scale,
     unembedding,
 )
-from heads.names import known
+from heads.names import known, whole
 from heads.scores import HeadScores
 from heads.tasks.succession import Lists, checked, relabelled
 
@@ -66,8 +66,8 @@ def ov(model, layer: int, head: int) -> Factored:
     Raises:
         IndexError: for a head that does not exist. ValueError: for a model where the heads are not norm times W_V.
     """
-    require(model, "ov")
     ((layer, head),) = model.anatomy.check([(layer, head)])
+    require(model, "ov")
     (weight, bias), kv = project(model, layer, "v"), kv_head(model, head)
     return Factored(weight[kv], _writes(model, layer)[head], None if bias is None else bias[kv])
 
@@ -84,8 +84,8 @@ def qk(model, layer: int, head: int) -> Factored:
     Raises:
         IndexError: for a head that does not exist. ValueError: for a model where queries and keys are something else.
     """
-    require(model, "qk")
     ((layer, head),) = model.anatomy.check([(layer, head)])
+    require(model, "qk")
     (q, bias), (k, _) = project(model, layer, "q"), project(model, layer, "k")
     factor = (qk_fold(model, layer)[head] * qk_scale(model, layer)).to(q.device)
     return Factored(q[head] * factor, k[kv_head(model, head)].T, None if bias is None else bias[head] * factor)
@@ -101,8 +101,10 @@ def ov_logits(model, layer: int, head: int, x: torch.Tensor, ids: torch.Tensor) 
     Returns:
         `[..., token]`, float32.
     """
-    require(model, "readout")
+    if ids.dim() != 1 or not len(ids):
+        raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")
     circuit = ov(model, layer, head)
+    require(model, "readout")
     written = circuit(input_norm(model, layer)(x.to(circuit.left.device)))
     return written @ unembedding(model, ids, layer).to(written.device).T
 
@@ -135,7 +137,7 @@ def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", batch: int
         raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")
     if kind in ("mlp0", "e+mlp0"):
         require(model, "embedding", "mlp", "mlp0")
-    return torch.cat([_effective(model, part, kind) for part in ids.split(batch)], dim=-2)
+    return torch.cat([_effective(model, part, kind) for part in ids.split(whole("batch", batch, 1))], dim=-2)
 
 
 def _effective(model, ids: torch.Tensor, kind: str) -> torch.Tensor:
@@ -202,8 +204,8 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
         ValueError: for lists without pairs, or pairs that point outside their list.
     """
     heads_everywhere(model)
+    lists, _ = checked(lists, with_input), isinstance(effective, torch.Tensor) or known("effective embedding", effective, KINDS)
     require(model, "ov", "readout")
-    lists = checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])
     x = effective if isinstance(effective, torch.Tensor) else effective_embedding(model, ids, effective, batch=batch)
     if x.shape[-2] != len(ids):

@@ -63,6 +63,7 @@ def decode_batch(
         ValueError: a prompt that is not `[1, position]` with two tokens or more.
     """
     heads_everywhere(model)
+    whole("max_new_tokens", max_new_tokens, 0)
     for i, ids in enumerate(prompts):
         _check(model, ids, f"prompt {i}")
     if not prompts:

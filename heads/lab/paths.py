@@ -29,7 +29,7 @@ from heads.lab.attribution import activations
 from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
 from heads.model.offers import require
-from heads.model.weights import hooked, output_projection
+from heads.model.weights import decoder_only, hooked, output_projection
 from heads.names import known
 from heads.scores import Effects, Head
 from heads.tasks.base import Task
@@ -70,7 +70,7 @@ class Route:
                 f"with all heads held still, nothing written at {self.position} reaches the logits at END: "
                 "use position='END', or give receivers that carry it there"
             )
-        require(model, "mlp")
+        decoder_only(model)
         return self
 
     def units(self, model, layer: int) -> list[int]:
@@ -115,9 +115,10 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     senders = [(layer, head) for layer in range(top) for head in kinds if (layer, head) not in route.receivers]
     if not senders:
         raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
-    read, found = named(metric), []
+    read, found, parts = named(metric), [], task.batches(batch)
+    require(model, "mlp")
     bar = tqdm(total=len(task) * len(senders), desc="path patching", unit="path", disable=None if progress else True)
-    for part in task.batches(batch):
+    for part in parts:
         try:
             run = literal if engine == "literal" else fast
             found.append(run(model, part, senders, route, read, tokens, bar))

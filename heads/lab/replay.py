@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from heads.model.prefix import Prefix
 from heads.model.weights import check_length, decoder_only, finished, heads_everywhere, hooked, projection
+from heads.names import whole
 
 
 class ReplayError(RuntimeError):
@@ -193,5 +194,5 @@ def chunks(units: list, size: int) -> list[list]:
 
 def room(model, positions: int, prompts: int, tokens: int | None) -> int:
     """How many conditions one forward takes."""
-    tokens = tokens or (2048 if model.device.type == "cpu" else 131072)  # on a CPU, what fits its caches
+    tokens = whole("tokens", tokens, 1) if tokens is not None else (2048 if model.device.type == "cpu" else 131072)  # on a CPU, what fits its caches
     return max(1, tokens // (positions * prompts))

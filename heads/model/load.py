@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -78,11 +78,7 @@ class Model(TransformersModel):
     @property
     def _batcher_class(self) -> type:
         """nnsight asks for this as every run begins: where a second thread is refused, before it disturbs the first."""
-        here, me = self.interleaver, get_ident()
-        if here.mediators and here.__dict__.get("thread", me) != me:
-            raise RuntimeError("another thread is running this model: let threads take turns (a lock around trace and generate), "
-                               "or load one model for each")  # fmt: skip
-        here.__dict__["thread"] = me
+        self.interleaver.__dict__.get("begin", lambda: None)()
         return super()._batcher_class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +184,28 @@ def wrap(module: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Model:
         return _frozen(Model(module, tokenizer=tokenizer, **anatomy.vocabulary(module.config)))
 
 
+def _take_turns(interleaver: Any) -> None:
+    """One thread at a time: from `begin`, as a run starts, to `cancel`, with which nnsight ends every run."""
+    cancel, lock, owner = interleaver.cancel, RLock(), [None]
+
+    def begin():
+        with lock:
+            if owner[0] not in (None, get_ident()):
+                raise RuntimeError("another thread is running this model: let threads take turns (a lock around trace and "
+                                   "generate), or load one model for each")  # fmt: skip
+            owner[0] = get_ident()
+
+    def end():
+        with lock:
+            if owner[0] in (None, get_ident()):  # not the run of another thread that has begun since
+                cancel()
+                owner[0] = None
+
+    interleaver.begin, interleaver.cancel = begin, end
+
+
 def _frozen(model: Model) -> Model:
+    _take_turns(model.interleaver)
     model._module.eval().requires_grad_(False)
     model.anatomy = anatomy.bind(model)
     return model

