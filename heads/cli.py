@@ -148,7 +148,6 @@ def run(
     slugs: Annotated[Optional[list[str]], typer.Argument(metavar="SLUG...", help="Papers to run.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every ready paper.")] = False,
     p: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="A parameter; may be repeated.")] = None,
-    file: Annotated[Optional[Path], typer.Option("-f", metavar="FILE", help="Parameters in YAML; -p goes before.")] = None,
     preset: Annotated[Optional[str], typer.Option(help="A named set of parameters, such as smoke or paper.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Short for -p model=...")] = None,
     device: Annotated[Optional[str], typer.Option(help="Short for -p device=...")] = None,
@@ -160,11 +159,10 @@ def run(
     if bool(slugs) == all_:
         raise ValueError("name the papers to run, or say --all (and not both)")
     slugs = slugs or [paper.slug for paper in papers.papers() if paper.state == "ready"]
-    named = papers.parsed(file, papers.texts) if file else {}
     values = dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
-    if refresh and (named or values or preset is not None):
-        raise ValueError("--refresh runs the defaults, which are what is committed: leave -p, -f and --preset away")
-    chosen = {s: runs.plan(s, preset, papers.read(s, named) | papers.read(s, values)) for s in slugs}  # before the first starts
+    if refresh and (values or preset is not None):
+        raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
+    chosen = {s: runs.plan(s, preset, papers.read(s, values)) for s in slugs}  # before the first starts
     failed = 0
     for slug in slugs:
         try:

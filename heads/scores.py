@@ -199,7 +199,7 @@ def random_heads(like: Iterable[Head], shape: tuple[int, int], match: str = "lay
             "exclude fewer heads, or use match='near' to borrow from the nearest layers"
         )
     rng = np.random.default_rng(seed)
-    return [_draw(like, list(free), match, rng) for _ in range(whole("n_sets", n_sets, 0))]
+    return [_draw(like, list(free), match, rng) for _ in range(whole("n_sets", n_sets, 1))]
 
 
 def _draw(like: list[Head], left: list[Head], match: str, rng) -> list[Head]:

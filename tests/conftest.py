@@ -15,7 +15,6 @@ import yaml
 
 import heads
 import heads.model.tiny
-from heads.model.zoo import TINY
 
 # Matrices this small gain nothing from threads, and wait long for each other on a busy machine: not here, and not in the
 # kernels and commands that tests start.
@@ -83,6 +82,13 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What a test has measured (`record_property`), from every process."""
+    for reports in terminalreporter.stats.values():
+        for name, value in (pair for report in reports for pair in getattr(report, "user_properties", ())):
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 @cache

@@ -407,7 +407,10 @@ def main() -> None:
         return
     above = TABLE.read_text(encoding="utf-8").split(MARK)[0].rstrip()
     kinds = sorted({*DECODERS, *ENCODERS, *FAMILIES, *WRAPPERS})
-    TABLE.write_text(f"{above}\n\n{table(kinds)}", encoding="utf-8")
+    found = table(kinds)
+    TABLE.write_text(f"{above}\n\n{found}", encoding="utf-8")
+    if "WRONG" in found:
+        sys.exit(f"something is wrong, and not refused: {TABLE}")
 
 
 if __name__ == "__main__":

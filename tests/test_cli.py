@@ -130,7 +130,6 @@ def test_info_shows_both_numbers_and_the_parameters(result):
         (["run", "toy-paper", "-p", "limit=many"], "'limit' of toy-paper is a int (default None), not 'many'"),
         (["run", "toy-paper", "--preset", ""], "no preset of toy-paper ''. Known: smoke, paper"),
         (["run", "toy-paper", "--refresh", "--preset", ""], "--refresh runs the defaults"),
-        (["run", "toy-paper", "-f", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["run", "toy-paper", "-p", "size"], "expected name=value"),
         (["run", "toy-paper", "--preset", "smokey"], "Did you mean 'smoke'"),
         (["run", "toy-paper", "--model", "gpt2"], "no parameter 'model'"),
@@ -174,20 +173,6 @@ def test_a_model_or_a_device_that_is_not_there_is_refused_before_a_kernel_starts
     nbformat.write(toy_notebook(parameters=NAMED), papers.notebook("toy-paper"))
     status, out, err = called(monkeypatch, capsys, "run", "toy-paper", *arguments.split())
     assert status == 2 and words in err and err.count("\n") == 1 and not (tree / "runs").exists()
-
-
-def test_parameters_come_from_a_file_too(tree, monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(runs, "run", lambda *given: seen.append(given) or runs.Outcome(1.0, Path("x"), {}))
-    (tree / "some.yaml").write_text("size: 7\nrate: 1e-3\nnames: [x, 1]\nflag: true\n", encoding="utf-8")
-    assert called(monkeypatch, capsys, "run", "toy-paper", "-f", tree / "some.yaml", "-p", "size=8")[0] == 0
-    assert seen == [("toy-paper", None, {"size": 8, "rate": 0.001, "names": ["x", "1"], "flag": True})]
-    for text, words in (("size: 010", "not '010'"), ("seed: -1", "from 0"), ("sise: 1", "Did you mean 'size'"),
-                        ("- size", "parameters are written as name: value, not as ['size']"), ("size: [", "some.yaml is broken: ")):  # fmt: skip
-        (tree / "some.yaml").write_text(text, encoding="utf-8")
-        status, _, err = called(monkeypatch, capsys, "run", "toy-paper", "-f", tree / "some.yaml")
-        assert status == 2 and words in err and err.count("\n") == 1
-    assert len(seen) == 1
 
 
 # ---- one handler at the door ----------------------------------------------------------------

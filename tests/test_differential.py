@@ -86,7 +86,7 @@ def difference(c: dict) -> float:
     return worst
 
 
-def test_random_cases_are_what_hooks_give():
+def test_random_cases_are_what_hooks_give(record_property):
     draw, end, worst, n = random.Random(20240607), time.monotonic() + SECONDS, (0.0, {}), 0
     while time.monotonic() < end:
         c = case(draw)
@@ -96,5 +96,5 @@ def test_random_cases_are_what_hooks_give():
             raise AssertionError(f"case {n}: {c}") from error
         n, worst = n + 1, max(worst, (found, {**c, "number": n}), key=lambda pair: pair[0])
         assert found < 2e-4, (found, c)
-    print(f"\n{n} random cases in {SECONDS:.0f} s; the worst is off by {worst[0]:.1e} of the largest logit: {worst[1]}")
+    record_property("differential", f"{n} random cases in {SECONDS:.0f} s, the worst off by {worst[0]:.1e} of the largest logit: {worst[1]}")
     assert n > 20

@@ -1,15 +1,19 @@
 """What is read from weights, and what is replayed, is right in every listed family, or is refused by name."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ENCODERS, ids_of, logits_of, near, plain, tiny
 from families import CHECKS, OF_ENCODERS, build, task_of, tried
 from toys import uniform
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import heads
 import heads.model.tiny
 from heads.model import offers, prefix
+from heads.model.attention import plain_logits
 from heads.model.checks import identities
 from heads.model.families import FAMILIES, TINY, family_of
 from heads.model.load import wrap
@@ -164,3 +168,80 @@ def test_a_model_of_images_and_text_is_read_by_its_text_model(kind, tmp_path):
     with torch.no_grad(), model.trace("a text"):
         z = model.layers[2].attn.heads.save()
     assert z.shape == (1, 6, 4, 8)
+
+
+# ------------------------------------------------------------------------------------------ what checks alone would not see
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize("kind, rope, context", [("phi3", LONG, 160), ("llama", DYNAMIC, 40)])
+def test_rotary_positions_that_depend_on_the_length_are_not_kept_across_their_limit(kind, rope, context):
+    """A short check cannot see it: what was kept of 36 tokens is not that of a run of 48."""
+    model = small(kind, rope_parameters=rope, max_position_embeddings=context, original_max_position_embeddings=40)
+    ids = torch.randint(5, 200, (1, 48), generator=torch.Generator().manual_seed(0))
+    near(logits_of(model, ids[:, :38]), plain_of_module(model, ids[:, :38]))
+    kept = heads.Prefix(model, ids[:, :36])
+    with pytest.raises(Exception, match="rotary positions of this .* model change behind 40 tokens"):
+        logits_of(model, ids[:, 36:], past_key_values=kept.cache(), use_cache=True)
+    task = replace(task_of(), ids=ids.repeat(3, 1), corrupted=(ids + 1).repeat(3, 1), roles={"S": torch.full((3,), 38)})
+    with pytest.raises(ValueError, match="rotary positions"):
+        heads.ablation_scores(model, task, "zero", "S", progress=False)
+
+
+def plain_of_module(model, ids):
+    return plain_logits(model._module, ids)
+
+
+def test_a_cache_of_another_model_or_of_other_edits_is_refused():
+    model, other = tiny("llama"), heads.load("tiny-llama", device="cpu", seed=5)
+    ids = ids_of(model)
+    with pytest.raises(Exception, match="keeps the prompts of another model"):
+        logits_of(model, ids[:, -1:], past_key_values=heads.Prefix(other, ids[:, :-1]).cache(), use_cache=True)
+    for wrong in (heads.Prefix(other, ids[:, :-1]), heads.Prefix(heads.ablate(model, [(1, 0)]), ids[:, :-1], ids.shape[1])):
+        with pytest.raises(ValueError, match="read by another model, or with other edits"):
+            heads.Conditions(model, ids, {"none": []}, prefix=wrong)
+
+
+def test_attention_is_not_forced_where_the_cache_has_dropped_its_keys():
+    model, ids = tiny("mistral"), ids_of(tiny("mistral"), 14)
+    rows = torch.full((1, 14), 1 / 14)
+    forced = heads.force_attention(model, [(1, 0)], rows)
+    with pytest.raises(Exception, match="keeps its sliding window alone"), torch.no_grad():
+        with forced.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=5) as tracer:
+            tracer.result.save()
+
+
+def test_a_mask_of_four_dimensions_cannot_tell_padding():
+    model, ids = tiny("llama"), ids_of(tiny("llama"), 6)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    with pytest.raises(Exception, match="which tokens are padding cannot be told"), torch.no_grad():
+        with heads.ablate(model, [(1, 0)], positions=[0]).trace(input_ids=ids, attention_mask=mask):
+            model.logits.save()
+    near(logits_of(model, ids, attention_mask=mask), plain_logits(model._module, ids))
+
+
+@pytest.mark.parametrize("family, length", [("gpt2", 513), ("roberta", 514), ("llama", 513)])
+@pytest.mark.parametrize("run", [
+    lambda m, ids: m(ids), logits_of, lambda m, ids: m.generate(ids[:, :510], max_length=520, do_sample=False),
+    lambda m, ids: m.generate(ids[:, :510], generation_config=GenerationConfig(max_new_tokens=8)),
+], ids=["called", "traced", "max_length", "generation_config"])  # fmt: skip
+def test_a_run_beyond_the_context_is_said_first(family, length, run, request):
+    """Learned positions end there; rotary ones go on, untrained."""
+    if family == "roberta" and ("generation_config" in request.node.name or "max_length" in request.node.name):
+        pytest.skip("an encoder writes nothing")
+    told = pytest.warns(UserWarning, match="a run has more tokens than the 512") if family == "llama" else pytest.raises(
+        Exception, match="are more than the 51[0-9] of this")  # fmt: skip
+    with told:
+        run(tiny(family), torch.full((1, length), 7))
+
+
+def test_a_pattern_that_is_ours_in_all_layers_but_one_fails():
+    model = small("llama")
+    attn = model._module.model.layers[0].self_attn
+    attn.config = copy.deepcopy(attn.config)
+    attn.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="zeroing the patterns of all layers is not zeroing their heads"):
+        identities(model)

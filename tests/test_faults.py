@@ -60,15 +60,14 @@ def struck(draw, function, *args, longest=0.25) -> bool:
     return process.exitcode != 0
 
 
-def storm(capsys, name, seconds, once):
+def storm(tell, name, seconds, once):
     """`once(draw) -> (kills, damaged)` for so many seconds; prints and holds the sums."""
     draw, kills, damaged, end = random.Random(name), 0, [], time.monotonic() + seconds * LONGER
     while time.monotonic() < end:
         more, wrong = once(draw)
         kills += more
         damaged += wrong
-    with capsys.disabled():
-        print(f"\nstorm over {name}: {kills} kills, {len(damaged)} damaged, {seconds * LONGER:.0f} s ", end="")
+    tell(f"storm over {name}", f"{kills} kills, {len(damaged)} damaged, {seconds * LONGER:.0f} s")
     assert kills and not damaged, damaged[:5]
 
 
@@ -96,14 +95,14 @@ def left(target):
     return [path.name for path in target.parent.iterdir() if path.name not in (target.name, f".{target.name}.lock")]
 
 
-def test_a_storm_over_publishing(tmp_path, capsys):
+def test_a_storm_over_publishing(tmp_path, record_property):
     target = tmp_path / "figures" / "toy"
     publish(target, 0, 1)
 
     def once(draw):
         return struck(draw, publish, target, draw.randrange(1000)), broken(target)
 
-    storm(capsys, "publishing", 5, once)
+    storm(record_property, "publishing", 5, once)
     record.Folder(target)
     assert len(left(target)) == 1, "the next start tidies up"
 
@@ -115,7 +114,7 @@ def score(out):
     documents.score_documents(tiny("llama"), CORPUS, out, {"base": [], "cut": [(1, 1)]}, window=4, progress=False)
 
 
-def test_a_storm_over_document_scores(tmp_path, capsys):
+def test_a_storm_over_document_scores(tmp_path, record_property):
     whole, out = tmp_path / "whole", tmp_path / "scores"
     score(whole)
 
@@ -128,7 +127,7 @@ def test_a_storm_over_document_scores(tmp_path, capsys):
             path.unlink()
         return 0, wrong
 
-    storm(capsys, "document scores", 7, once)
+    storm(record_property, "document scores", 7, once)
     score(out)
     assert out.read_bytes() == whole.read_bytes()
 
@@ -138,7 +137,7 @@ def table(size):
     return {"table": np.arange(size) / 7}
 
 
-def test_a_storm_over_kept_results(tmp_path, monkeypatch, capsys):
+def test_a_storm_over_kept_results(tmp_path, monkeypatch, record_property):
     monkeypatch.setenv("HEADS_HOME", str(tmp_path))
     monkeypatch.setenv("HEADS_CACHE", "1")
 
@@ -150,10 +149,10 @@ def test_a_storm_over_kept_results(tmp_path, monkeypatch, capsys):
             path.unlink()
         return killed, [] if np.array_equal(found, table(size)["table"]) else [size]
 
-    storm(capsys, "kept results", 4, once)
+    storm(record_property, "kept results", 4, once)
 
 
-def test_a_storm_over_a_run(tree, capsys):
+def test_a_storm_over_a_run(tree, record_property):
     """A command with a kernel: whatever kills it, no half notebook, no traceback, and no kernel goes on."""
     book = toy_notebook("import os\nopen('kernel', 'w').write(str(os.getpid()))", "import time; time.sleep(0.4)", "x = 1")
     book.cells = book.cells[:-3]  # no study: nothing heavy to import
@@ -177,7 +176,7 @@ def test_a_storm_over_a_run(tree, capsys):
                 psutil.Process(int(kernel.read_text())).wait(10)
         return process.returncode != 0, wrong
 
-    storm(capsys, "a run", 9, once)
+    storm(record_property, "a run", 9, once)
 
 
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -394,41 +393,13 @@ def cases():
 
 
 CASES = dict(cases())
-# Which errors are still bare, by the file that would name them.
-BATCHES = ("batch-0", "batch--1", "batch-1.5")
-MENDS = {
-    "heads/lab/sweeps.py": [*(f"ablation_scores-{b}" for b in BATCHES), "ablation_scores-tokens--1"],
-    "heads/lab/replay.py": ["path_scores-tokens--1"],
-    "heads/lab/readings.py": [*(f"{f}-{b}" for f in ("attention_to", "head_activations", "head_means") for b in BATCHES),
-                              "head_activations-position-nonsense", "head_means-positions-nonsense"],
-    "heads/lab/circuits.py": [f"{f}-{b}" for f in ("copying_score", "successor_score", "effective_embedding") for b in BATCHES]
-                             + ["ov_logits-ids-Tensor(1, 0)"],
-    "heads/lab/decoding.py": ["decode_batch-max_new_tokens--1", "decode_rows-max_new_tokens--1"],
-    "heads/lab/training.py": ["fit-batch-1.5", "fit-every-0"],
-    "heads/lab/ablation.py": ["force_attention-position-nonsense"],
-    "heads/lab/steering.py": ["Steering-heads-[3]"],
-    "heads/lab/answers.py": [*(f"score_answers-{b}" for b in BATCHES), "token_losses-rows-[[]]", "losses_under-rows-[[]]",
-                             "losses_under-tokens--1", "losses_under-conditions-{}", "losses_under-conditions-[3]",
-                             "losses_under-conditions-ndarray(2, 2)"],
-    "heads/model/weights.py": [*(f"{f}-layer-{v}" for f in ("head_outputs", "output_projection") for v in (99, "nonsense")),
-                               "head_outputs-z-Tensor(1, 3, 9, 9)"],
-    "heads/model/prefix.py": ["Prefix-ids-Tensor(1, 0)", "prefill-ids-Tensor(1, 0)"],
-    "heads/scores.py": ["random_heads-n_sets-0", "random_heads-n_sets--1"],
-}  # fmt: skip
-BARE = {case: where for where, listed in MENDS.items() for case in listed}
+
+def test_every_public_function_has_arguments_here(tmp_path, record_property):
+    assert set(sense(tiny("llama"), tmp_path)) == set(PUBLIC)
+    record_property("nonsense", f"{len(CASES)} cases over {len(PUBLIC)} public functions")
 
 
-def test_every_public_function_has_arguments_here(tmp_path, capsys):
-    assert set(sense(tiny("llama"), tmp_path)) == set(PUBLIC) and set(BARE) <= set(CASES)
-    with capsys.disabled():
-        print(f"\nnonsense: {len(CASES)} cases over {len(PUBLIC)} public functions, {len(BARE)} still bare ", end="")
-
-
-def bare(case):
-    return [pytest.mark.xfail(strict=True, reason=f"to be named in {BARE[case]}")] if case in BARE else []
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=bare(case)) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_nonsense_is_refused_by_name_before_any_forward(llama, tmp_path, monkeypatch, request, case):
     name, parameter, value = CASES[case]
     if name == "Study":
@@ -451,18 +422,17 @@ def test_nonsense_is_refused_by_name_before_any_forward(llama, tmp_path, monkeyp
 
 SCORES = heads.HeadScores(np.arange(16.0).reshape(4, 4))
 EFFECTS = heads.Effects(np.arange(48.0).reshape(3, 4, 4), np.ones(3))
-IN_SCORES = pytest.mark.xfail(strict=True, reason="to be named in heads/scores.py")
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda: SCORES.top(-1), r"top\(-1\)"), (lambda: SCORES.top(99), r"top\(99\)"),
     (lambda: SCORES.overlap(SCORES, 0), "k must be at least 1"), (lambda: SCORES.correlate(SCORES, "nonsense"), "nonsense"),
     (lambda: EFFECTS.gap(), "no source run"),
-    pytest.param(lambda: SCORES.top(float("nan")), "top", marks=IN_SCORES),
-    pytest.param(lambda: SCORES.overlap(SCORES, 2, n_shuffles=0), "n_shuffles", marks=IN_SCORES),
-    pytest.param(lambda: SCORES.overlap(SCORES, 2, n_shuffles=-1), "n_shuffles", marks=IN_SCORES),
-    pytest.param(lambda: EFFECTS.interval(n=0), "n=0", marks=IN_SCORES),
-    pytest.param(lambda: EFFECTS.interval(level=2), "level", marks=IN_SCORES),
+    (lambda: SCORES.top(float("nan")), "top"),
+    (lambda: SCORES.overlap(SCORES, 2, n_shuffles=0), "n_shuffles"),
+    (lambda: SCORES.overlap(SCORES, 2, n_shuffles=-1), "n_shuffles"),
+    (lambda: EFFECTS.interval(n=0), "n is at least 1, not 0"),
+    (lambda: EFFECTS.interval(level=2), "level"),
 ])  # fmt: skip
 def test_a_method_refuses_nonsense_by_name(call, words):
     with pytest.raises((ValueError, TypeError, LookupError), match=words):

@@ -70,7 +70,7 @@ def test_a_config_cannot_switch_our_attention_off(folder, key, value):
 def test_a_pattern_whose_edit_is_lost_fails_at_loading(folder, monkeypatch):
     """The identity itself: with transformers' attention in place of ours the edit reaches nothing."""
     monkeypatch.setattr(heads.model.load.attention, "NAME", "sdpa")
-    with pytest.raises(ValueError, match="zeroing the pattern of layer 2 is not zeroing its heads"):
+    with pytest.raises(ValueError, match="zeroing the patterns of all layers is not zeroing their heads"):
         load(folder)
 
 
@@ -164,6 +164,37 @@ def test_an_adapter_is_no_model(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("names", ["other.safetensors", "x.safetensors.index.json"])
+def test_a_config_cannot_name_other_weights_than_those_that_are_hashed(folder, names):
+    """transformers reads `transformers_weights` of a config in place of model.safetensors."""
+    clean, other = load(folder), load_file(folder / "model.safetensors")
+    save_file({key: value + 1 for key, value in other.items()}, folder / "other.safetensors", {"format": "pt"})
+    map_ = {"metadata": {}, "weight_map": dict.fromkeys(other, "other.safetensors")}
+    (folder / "x.safetensors.index.json").write_text(json.dumps(map_))
+    config(folder, transformers_weights=names)
+    assert torch.equal(logits_of(load(folder), ids_of(clean)), logits_of(clean, ids_of(clean)))
+
+
+def test_weights_that_are_no_numbers_are_named(folder):
+    weights(folder, lambda found: found["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan))
+    with pytest.raises(ValueError, match="its weights are not finite"):
+        load(folder)
+
+
+def test_bytes_changed_behind_the_clock_are_hashed_again(folder):
+    file = folder / "model.safetensors"
+    stat, first = file.stat(), folders.digest(file)
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    with file.open("r+b") as out:
+        out.write(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert folders.digest(file) != first
+    for broken in ("5", "null", '["a"]'):
+        (zoo.home() / "digests.json").write_text(f'{{"{file.resolve()}": {broken}}}')
+        assert folders.digest(file) == zoo.sha256(file)
+
+
 # ------------------------------------------------------------------------------------------ every weight from the file
 
 
@@ -229,6 +260,7 @@ def test_an_edited_model_called_like_a_module_keeps_its_edits():
     edited = heads.ablate(model, [(1, 0), (2, 3)])
     assert torch.equal(edited(input_ids=ids).logits, logits_of(edited, ids))
     assert (edited(ids).logits - plain_logits(model, ids)).abs().max() > 1e-2
+    assert torch.equal(edited.forward(ids).logits, logits_of(edited, ids))
     assert torch.equal(model(ids).logits, plain_logits(model, ids))
 
 

@@ -119,13 +119,7 @@ def guessed(tree):
                 yield node.lineno
 
 
-ELSEWHERE = {"scores", "model.zoo", "model.load"}  # still to be mended
-
-
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="no encoding yet")] if name in ELSEWHERE else [])
-    for name in FILES
-])  # fmt: skip
+@pytest.mark.parametrize("name", FILES)
 def test_text_files_say_their_encoding(name):
     assert list(guessed(TREES[name])) == []
 

@@ -52,7 +52,7 @@ class Plan:
 
     def apply(self, model) -> None:
         """Edit the pass that is running. Call inside a trace, once per forward."""
-        at, number, prompts = self.places.now(model)
+        at, number, prompts, _ = self.places.now(model)
         if (sets := len(self.mask)) not in (1, prompts):
             raise ValueError(f"{sets} sets of heads for a batch of {prompts} rows: give one, or one for each row")
         for i in layers_of(self.mask) if at.any() else ():
@@ -163,11 +163,15 @@ def force_attention(model, heads: Iterable[Head], weights: torch.Tensor, positio
 
 def _force(model, mask: torch.Tensor, weights: torch.Tensor, places: Places) -> None:
     """Edit the pass that is running. Call inside a trace, once per forward."""
-    at = places.now(model).at[:, :, None, None]
+    here = places.now(model)
+    at = here.at[:, :, None, None]
     group = model.anatomy.n_heads // model.anatomy.n_kv_heads
     for layer in layers_of(mask) if at.any() else ():
         attn = model.layers[layer].attn
-        v = attn.v[:, : weights.shape[1]].repeat_interleave(group, 2)  # [batch, key, head, d_head]
+        if (keys := attn.v).shape[1] < here.end:
+            raise ValueError(f"the cache of layer {layer} keeps its sliding window alone, {keys.shape[1]} of {here.end} keys: run the "
+                             "prompt whole (no prefill_chunk_size), or in a trace with a heads.Prefix or DynamicCache()")
+        v = keys[:, : weights.shape[1]].repeat_interleave(group, 2)  # [batch, key, head, d_head]
         w = for_beams(weights[:, : v.shape[1]].to(v), len(v)).expand(len(v), -1)  # a part of the prompt sees its keys alone
         mixed, z = torch.einsum("bk,bkhd->bhd", w, v)[:, None], attn.heads
         attn.heads = torch.where((at & mask[layer][:, None]).to(z.device), mixed, z)  # not in place: for backward

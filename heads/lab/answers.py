@@ -142,6 +142,8 @@ def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: st
 def prepared(model, conditions: Mapping, kind: str) -> tuple[dict[str, tuple], dict]:
     """name -> (edited model, its first layer that differs from the clean run or None), and name -> what to write of it."""
     decoder_only(model)
+    if not isinstance(conditions, Mapping) or not conditions:
+        raise ValueError("no conditions: give a dict of name -> heads, for example {'base': [], 'top': scores.top(0.05)}")
     models, written = {}, {}
     for name, heads in conditions.items():
         if hasattr(heads, "_edits"):
@@ -224,7 +226,7 @@ def fed(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.dev
     """
     for row, n in zip(rows, prompts):
         if not 0 < n < len(row):
-            raise ValueError(f"a prompt of {n} tokens with {len(row) - n} to predict after it: both need at least one")
+            raise ValueError(f"a row of {len(row)} tokens, a prompt of {n} among them: it needs at least one, and one to predict after it")
     lengths, prompts = (torch.tensor(numbers)[:, None] for numbers in (list(map(len, rows)), prompts))
     position = torch.arange(int(lengths.max()))
     ids = torch.zeros(len(rows), len(position), dtype=torch.long)

@@ -17,18 +17,9 @@ import torch
 
 from heads.model.offers import require
 from heads.model.weights import (
-    decoder_only,
-    heads_everywhere,
-    input_norm,
-    kv_head,
-    mlp_norm,
-    output_projection,
-    post_norms,
-    project,
-    qk_fold,
-    qk_scale,
+    decoder_only, heads_everywhere, input_norm, kv_head, mlp_norm, output_projection, post_norms, project, qk_fold, qk_scale,
     unembedding,
-)
+)  # fmt: skip
 from heads.names import known, whole
 from heads.scores import HeadScores
 from heads.tasks.succession import Lists, checked, relabelled
@@ -135,9 +126,10 @@ def effective_embedding(model, ids: torch.Tensor, kind: str = "mlp0", batch: int
     ids = torch.as_tensor(ids, device=model.device)
     if ids.dim() != 1 or not len(ids):
         raise ValueError(f"ids are [token] with at least one token, got {tuple(ids.shape)}")
+    parts = ids.split(whole("batch", batch, 1))
     if kind in ("mlp0", "e+mlp0"):
         require(model, "embedding", "mlp", "mlp0")
-    return torch.cat([_effective(model, part, kind) for part in ids.split(whole("batch", batch, 1))], dim=-2)
+    return torch.cat([_effective(model, part, kind) for part in parts], dim=-2)
 
 
 def _effective(model, ids: torch.Tensor, kind: str) -> torch.Tensor:
@@ -204,10 +196,10 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
         ValueError: for lists without pairs, or pairs that point outside their list.
     """
     heads_everywhere(model)
-    lists, _ = checked(lists, with_input), isinstance(effective, torch.Tensor) or known("effective embedding", effective, KINDS)
-    require(model, "ov", "readout")
+    lists = checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])
     x = effective if isinstance(effective, torch.Tensor) else effective_embedding(model, ids, effective, batch=batch)
+    require(model, "ov", "readout")
     if x.shape[-2] != len(ids):
         raise ValueError(f"effective embeddings of {x.shape[-2]} tokens, but the lists with pairs hold {len(ids)} items")
     hits = {key: [] for key in lists}

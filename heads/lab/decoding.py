@@ -140,6 +140,8 @@ class Conditions:
         chunks = [self.names[i : i + rows] for i in range(0, len(self.names), whole("rows", rows, 1))]
         # an empty set still needs its row, so rows are given as lists
         self.chunks = [(c, ablate(model, [list(sets[n]) for n in c], kind, phase=phase, values=values)) for c in chunks]
+        if prefix is not None and (prefix._module is not model._module or prefix.edits != model._edits):
+            raise ValueError("the prefix was read by another model, or with other edits")
         if prefix is not None and not torch.equal(prefix.ids.to(model.device), self.ids[:, :-1]):
             raise ValueError(f"the prefix holds {len(prefix)} other positions: the prompt needs all of its own but the last")
         self.prefix = (prefix or Prefix(model, self.ids[:, :-1], ids.shape[1])) if phase == "decode" else None

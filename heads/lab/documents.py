@@ -147,8 +147,6 @@ def _checked(model, conditions, length, tokens, window, shard) -> int:
     """The length of the longest piece, once the arguments make sense."""
     if model.anatomy.encoder:
         raise ValueError(f"{model.record['name']} is an encoder: it predicts no next token, so a document has no such loss")
-    if not isinstance(conditions, Mapping) or not conditions:
-        raise ValueError("no conditions: give a dict of name -> heads, for example {'base': [], 'top': scores.top(0.05)}")
     if any(type(n) is not int for n in (*shard, tokens, window, length or 2)):
         raise TypeError(f"length={length}, tokens={tokens}, window={window}, shard={shard}: expected whole numbers")
     if not 0 <= shard[0] < shard[1]:

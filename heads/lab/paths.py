@@ -116,6 +116,7 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     if not senders:
         raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
     read, found, parts = named(metric), [], task.batches(batch)
+    room(model, 1, 1, tokens)
     require(model, "mlp")
     bar = tqdm(total=len(task) * len(senders), desc="path patching", unit="path", disable=None if progress else True)
     for part in parts:

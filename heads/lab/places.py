@@ -35,6 +35,7 @@ class Here(NamedTuple):
     at: torch.Tensor
     number: torch.Tensor
     prompts: int
+    end: int  # columns of the run up to and with this pass, cached ones included
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Places:
         named = self._in_prompt(number, from_end, start, (prompts, prompt), rows)
         phase = {"both": True, "prefill": from_end < -1, "decode": from_end >= -1}[self.phase]
         at = (number >= 0) & phase & torch.where(from_end < 0, named, self._generated(number, from_end))
-        return Here(at, number, prompts)
+        return Here(at, number, prompts, end)
 
     def _in_prompt(self, number, from_end, start: int, shape: tuple[int, int], rows: int) -> torch.Tensor:
         """Which tokens of a pass that begins at column `start` are named, were they all of the prompt."""
@@ -161,7 +162,7 @@ def _mask(inputs: dict, given: dict, rows: int, columns: int) -> torch.Tensor:
     masks = [mask for mask in (inputs.get("attention_mask"), given.get("attention_mask")) if mask is not None]
     # that of a static cache is [row, 1, query, key] and holds causality, too: then what the run was given tells
     flat = [mask for mask in masks if isinstance(mask, torch.Tensor) and mask.dim() == 2]
-    if masks and not flat and "input_ids" not in given:
+    if masks and not flat and ("input_ids" not in given or given.get("attention_mask") is not None):
         raise ValueError("the attention mask is not [row, position]: which tokens are padding cannot be told from it")
     longest = max(flat, key=lambda mask: mask.shape[1], default=torch.ones(1, columns))
     mask = longest[:, :columns].cpu().long()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from heads.model.offers import require
 from heads.model.prefix import Prefix
 from heads.model.weights import check_length, decoder_only, finished, heads_everywhere, hooked, projection
 from heads.names import whole
@@ -68,12 +69,13 @@ class Replay:
         self.n_layers, self.n_prompts = model.anatomy.n_layers, len(ids)
         decoder_only(model)
         heads_everywhere(model)
+        require(model, "readout")
         if model._edits:
             raise ReplayError(
                 "a replay runs the loaded module, without the edits of this model: sweep the unedited model, "
                 "or for paths take engine='literal'"
             )
-        check_length(model, ids.shape[1])
+        check_length(model, ids.shape[1], start)
         self.resid, self.z, self.calls, self.attn, self.mlp = [], [], [], [], []
         self.prefix = Prefix(model, self.ids[:, :start], ids.shape[1]) if start else None
         self._run(keep_parts)

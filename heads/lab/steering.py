@@ -139,7 +139,10 @@ class Steering:
             now.update(at=at, tables=self.tables())
 
         def generate(*args, **kwargs):
-            with swapped(module, {"given": named_inputs(args, kwargs), "generates": True}, "_run"):
+            given = named_inputs(args, kwargs)
+            if kwargs.get("cache_implementation") and given.get("attention_mask") is None:
+                raise ValueError("with a cache_implementation, padding can be told from an attention_mask alone: give one")
+            with swapped(module, {"given": given, "generates": True}, "_run"):
                 return type(module).generate(module, *args, **kwargs)
 
         def edit(layer, _, args):

@@ -43,7 +43,7 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
         ValueError, LookupError: an unknown kind, role or metric, a reference that does not fit: before any forward pass.
     """
     known("kind of ablation", kind, KINDS)
-    whole("batch", batch, 1)
+    whole("batch", batch, 1), room(model, 1, 1, tokens)
     if reference is not None and kind not in ("mean", "resample"):
         raise ValueError(f"kind={kind!r} takes no reference")
     others = task.corrupted if reference is None else reference

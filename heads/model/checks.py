@@ -21,6 +21,8 @@ def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float, otherwise: str) ->
     """Largest difference in units of the larger one's scale and the tolerance. Above 1 it is an error."""
     scale = max(a.abs().max().item(), b.abs().max().item(), 1e-6)
     error = (a.float() - b.float()).abs().max().item() / (scale * tolerance)
+    if error != error:
+        raise IdentityError("what the model computes is no number: its weights are not finite, or too large for their dtype")
     if not error <= 1:
         raise IdentityError(f"{otherwise} ({error:.1f} times the tolerance)")
     return error
@@ -33,7 +35,7 @@ def identities(model) -> dict[str, float]:
        the projection puts out.
     2. *knock-out*: zeroing a head gives the logits of a model whose weights for that head are zero.
     3. *no-op*: writing back what was read changes no logit, to the bit.
-    4. *pattern*: zeroing the pattern of a layer gives the logits of zeroing its heads: an edit of it reaches them.
+    4. *pattern*: zeroing the patterns of all layers gives the logits of zeroing their heads: an edit reaches them.
     5. *plain*: the logits are those of transformers' own eager attention; in a decoder no token sees what follows it.
 
     Raises:
@@ -49,7 +51,7 @@ def identities(model) -> dict[str, float]:
             "sum": _sum(model, ids, tolerance),
             "knock-out": _knock_out(model, ids, tolerance, layer, head=anatomy.n_heads - 1),
             "no-op": _no_op(model, ids),
-            "pattern": _pattern(model, ids, tolerance, layer),
+            "pattern": _pattern(model, ids, tolerance),
             "plain": _plain(model, ids, tolerance),
         }
 
@@ -98,15 +100,17 @@ def _knock_out(model, ids, tolerance, layer: int, head: int) -> float:
                  "the edit does not reach the model where the head is")  # fmt: skip
 
 
-def _pattern(model, ids, tolerance, layer: int) -> float:
+def _pattern(model, ids, tolerance) -> float:
     def empty(layers):
-        layers[layer].attn.pattern = torch.zeros_like(layers[layer].attn.pattern)
+        for i in model.anatomy.attention_layers:
+            layers[i].attn.pattern = torch.zeros_like(layers[i].attn.pattern)
 
     def silence(layers):
-        layers[layer].attn.heads[:] = 0
+        for i in model.anatomy.attention_layers:
+            layers[i].attn.heads[:] = 0
 
     return _same(_logits(model, ids, empty), _logits(model, ids, silence), tolerance,
-                 f"zeroing the pattern of layer {layer} is not zeroing its heads: the edit does not reach them")  # fmt: skip
+                 "zeroing the patterns of all layers is not zeroing their heads: an edit of a pattern does not reach them")  # fmt: skip
 
 
 def _plain(model, ids, tolerance) -> float:

@@ -43,15 +43,15 @@ def weights(folder: Path) -> list[Path]:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file, remembered in the cache folder for as long as its size, its time and its inode are the same."""
+    """SHA-256 of a file, remembered in the cache folder for as long as its size, its times and its inode are the same."""
     store, key, stat = home() / "digests.json", str(file.resolve()), file.stat()
-    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     try:
         found = dict(json.loads(store.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # not there, or broken: written anew
         found = {}
-    *before, value = found.get(key) or [None]
-    if before == state:
+    *before, value = kept if isinstance(kept := found.get(key), list) and kept else [None]
+    if before == state and isinstance(value, str):
         return value
     value = sha256(file)
     try:
@@ -73,7 +73,8 @@ def provenance(name: str, folder: Path) -> dict:
     """
     digests = [digest(file) for file in weights(folder)]
     if name not in ZOO:
-        return {"revision": None, "sha256": hashlib.sha256("".join(digests).encode()).hexdigest()}
+        whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return {"revision": None, "sha256": whole}
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if digests != [record["sha256"]]:
         raise ValueError(

@@ -15,20 +15,16 @@ import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
+    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
     PreTrainedTokenizerBase,
-)
+)  # fmt: skip
 
 from heads.model import anatomy, attention, checks, folders, offers, zoo
 from heads.model.families import FAMILIES, family_of
 from heads.model.weights import check_length
 from heads.names import known
 
-SPARE = ("pooler.", "seq_relationship.")  # weights that some checkpoints carry beside the model, and that may be left out
+SPARE = ("pooler.", "seq_relationship.", "masked_bias", "inv_freq", "position_ids")  # weights that some checkpoints carry beside the model, and that may be left out
 
 
 class Model(TransformersModel):
@@ -57,12 +53,9 @@ class Model(TransformersModel):
 
         @wraps(fn)
         def run(*inputs, **named):
-            given = {**({"input_ids": inputs[0]} if inputs else {}), **named}
-            ids, past = given.get("input_ids", given.get("inputs_embeds")), given.get("past_key_values")
-            if isinstance(ids, torch.Tensor):
-                new = (past.get_seq_length() if past is not None else 0) + (given.get("max_new_tokens") or 0)
-                check_length(self, ids.shape[1] + new)
-            self._module.__dict__["_run"] = {"given": given, "generates": fn.__name__ == "generate"}
+            given, generates = {**({"input_ids": inputs[0]} if inputs else {}), **named}, fn.__name__ == "generate"
+            self._fits(given, generates)
+            self._module.__dict__["_run"] = {"given": given, "generates": generates}
             try:
                 return fn(*inputs, **named)
             finally:
@@ -75,6 +68,18 @@ class Model(TransformersModel):
                 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
             return super().interleave(run, *args, **kwargs)
 
+    def _fits(self, given: dict, generates: bool = False) -> None:
+        """Refuse a run that is longer than the context, or that continues what another model has kept."""
+        ids, past, config = given.get("input_ids", given.get("inputs_embeds")), given.get("past_key_values"), given.get("generation_config")
+        if not isinstance(ids, torch.Tensor):
+            return
+        kept = past.get_seq_length() if past is not None and not generates else 0
+        total, new = (given.get(key) or getattr(config, key, None) or 0 for key in ("max_length", "max_new_tokens"))
+        check_length(self, max(ids.shape[1] + kept + new, total if generates else 0), kept)
+        owner = getattr(past.layers[0], "model", None) if getattr(past, "layers", None) else None
+        if owner is not None and owner() is not self._module:
+            raise ValueError("this cache keeps the prompts of another model's heads.Prefix: make one of this model")
+
     @property
     def _batcher_class(self) -> type:
         """nnsight asks for this as every run begins: where a second thread is refused, before it disturbs the first."""
@@ -83,11 +88,18 @@ class Model(TransformersModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, edits included."""
-        if not self._edits or self.interleaver.interleaving:
+        if self.interleaver.interleaving:
+            return super().__call__(*args, **kwargs)
+        if not self._edits:
+            self._fits({**({"input_ids": args[0]} if args else {}), **kwargs})
             return super().__call__(*args, **kwargs)
         with self.trace(*args, **kwargs):
             found = self.output.save()
         return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As calling the model."""
+        return self(*args, **kwargs)
 
     def pipe(self, *inputs: Any, **kwargs: Any) -> Any:
         """nnsight's own. ValueError for an edited model: it does not say where the prompt ends, which edits count from."""
@@ -243,6 +255,7 @@ def _read(source: str, dtype: torch.dtype, device_map: Any) -> tuple[torch.nn.Mo
     try:
         config = AutoConfig.from_pretrained(source, **safe)
         config._attn_implementation = attention.NAME  # of every config inside, too
+        config.transformers_weights = None  # a config may name another file than the one that was hashed
         auto = AutoModelForMaskedLM if family_of(config).encoder else AutoModelForCausalLM
         if type(config) not in auto._model_mapping and config.get_text_config() is not config:
             auto = AutoModelForImageTextToText

@@ -14,19 +14,9 @@ import torch
 from heads.model import prefix
 from heads.model.attention import watched
 from heads.model.weights import (
-    decoder_only,
-    finished,
-    hooked,
-    input_norm,
-    kv_head,
-    mlp_norm,
-    post_norms,
-    project,
-    projection,
-    qk_fold,
-    qk_norms,
+    decoder_only, finished, hooked, input_norm, kv_head, mlp_norm, post_norms, project, projection, qk_fold, qk_norms,
     qk_scale,
-)
+)  # fmt: skip
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2}  # of the largest number compared; 5e-2 in bfloat16
 
@@ -71,7 +61,8 @@ def _why(check: Callable, model, seen: dict) -> str:
             if not error <= tolerance:
                 return f"{where} is off by {error:.0%}"
     except (ValueError, AttributeError, TypeError, RuntimeError, LookupError) as error:  # laid out in another way
-        return str(error).splitlines()[0]
+        said = str(error).splitlines()[0]
+        return said if type(error) is ValueError else f"its parts are laid out in another way ({said})"
     return ""
 
 

@@ -32,15 +32,19 @@ def prefill(model, ids: torch.Tensor, prompt: int | None = None) -> DynamicCache
     Raises:
         ValueError: an encoder, or ids of another shape; for edits at places counted from an end that is not known.
     """
-    decoder_only(model)
-    if ids.dim() != 2 or not ids.numel():
-        raise ValueError(f"the ids are {list(ids.shape)}: expected [prompt, position], with at least one token")
+    _check(model, ids)
     cache = DynamicCache()
     cache.prompt = math.inf if prompt is None else whole("the prompt's length", prompt, 1)
     with torch.no_grad(), model.trace(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1):
         pass
     cache.prompt = prompt
     return cache
+
+
+def _check(model, ids: torch.Tensor) -> None:
+    decoder_only(model)
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"the ids are {list(ids.shape)}: expected [prompt, position], with at least one token")
 
 
 @torch.no_grad()
@@ -90,9 +94,9 @@ class Prefix:
     """
 
     def __init__(self, model, ids: torch.Tensor, prompt: int | None = None):
-        decoder_only(model)
+        _check(model, ids)
         agrees(model)
-        self.ids, self.prompt, self._module = ids, prompt, model._module
+        self.ids, self.prompt, self._module, self.edits = ids, prompt, model._module, list(model._edits)
         self.layers = prefill(model, ids, prompt).layers
 
     def __len__(self) -> int:
@@ -112,13 +116,13 @@ class SharedLayer(DynamicLayer):
     def __init__(self, prefix: DynamicLayer, model: torch.nn.Module):
         super().__init__()
         self.prefix_keys, self.prefix_values = prefix.keys, prefix.values
-        self._model = weakref.ref(model)  # whose run says how many prompts it was given
+        self.model = weakref.ref(model)  # whose run says how many prompts it was given
 
     def get_seq_length(self) -> int:
         return self.prefix_keys.shape[-2] + super().get_seq_length()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
-        n, rows, run = len(self.prefix_keys), len(key_states), vars(self._model()).get("_run", {})
+        n, rows, run = len(self.prefix_keys), len(key_states), vars(self.model()).get("_run", {})
         given = run.get("given", {})
         beams = run.get("generates") and rows != len(given.get("input_ids", given.get("inputs_embeds")))
         if rows % n or n > 1 and n != rows and beams:

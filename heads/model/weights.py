@@ -26,7 +26,7 @@ def decoder_only(model) -> None:
         raise ValueError(f"{model.config.model_type} is an encoder: its END predicts nothing. Use a decoder")
 
 
-def check_length(model, n: int) -> None:
+def check_length(model, n: int, kept: int = 0) -> None:
     """Say so where a run of n tokens, cached ones included, is longer than the context of a model (or of a module).
 
     Raises:
@@ -34,7 +34,16 @@ def check_length(model, n: int) -> None:
         the model was never trained: a warning, once.
     """
     config = model.config.get_text_config()
-    if n <= (context := getattr(config, "max_position_embeddings", None) or n):
+    context = getattr(config, "max_position_embeddings", None) or n
+    if "roberta" in config.model_type:  # whose positions begin behind the number of the padding token
+        context -= config.pad_token_id + 1
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in ropes.values() if ropes and all(isinstance(x, dict) for x in ropes.values()) else [ropes]:
+        kind, limit = rope.get("rope_type"), rope.get("original_max_position_embeddings") or context
+        if kept and n > limit and (kind == "dynamic" or kind == "longrope" and kept <= limit):
+            raise ValueError(f"rotary positions of this {config.model_type} model change behind {limit} tokens: what was kept of the "
+                             f"first {kept} is not that of a run of {n}; run whole prompts")
+    if n <= context:
         return
     what = f"the {context} of this {config.model_type} model's context"
     if not getattr(config, "rope_parameters", None):
