@@ -86,9 +86,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     """What a test has measured (`record_property`), from every process."""
-    for reports in terminalreporter.stats.values():
-        for name, value in (pair for report in reports for pair in getattr(report, "user_properties", ())):
-            terminalreporter.write_line(f"{name}: {value}")
+    told = [pair for reports in terminalreporter.stats.values() for report in reports for pair in getattr(report, "user_properties", ())]
+    for name, value in dict(told).items():
+        terminalreporter.write_line(f"{name}: {value}")
 
 
 @cache

@@ -19,7 +19,7 @@ BELOW = {  # a wing, or a file of its own -> what it may import besides itself
 }  # fmt: skip
 # A record reads in the façades which name leads to which module: tables, whose import loads nothing else.
 TABLES = {("course.record", "__init__"), ("course.record", "tasks.__init__")}
-LINES = {"heads": 5500, "file": 250, "class": 100, "function": 50}  # of code, with all 34 papers (4,700 with eleven)
+LINES = {"heads": 5500, "file": 250, "class": 100, "function": 50}  # of code, with all 34 papers (5,480 with eleven)
 
 
 def inside(folder, tree, name):

@@ -126,10 +126,10 @@ def test_controls_take_whole_numbers_only():
             random_heads(wrong, (4, 4))
         with pytest.raises(TypeError, match="a layer or head is a whole number"):
             random_heads([(0, 0)], (4, 4), exclude=wrong)
-    for n, error in ((1.5, TypeError), (-1, ValueError)):
+    for n, error in ((1.5, TypeError), (-1, ValueError), (0, ValueError)):
         with pytest.raises(error, match="n_sets is"):
             random_heads([(0, 0)], (4, 4), n_sets=n)
-    assert random_heads(np.array([[0, 0]]), (4, 4), n_sets=0) == []
+    assert len(random_heads(np.array([[0, 0]]), (4, 4), n_sets=2)) == 2
 
 
 @pytest.mark.parametrize(

@@ -77,15 +77,15 @@ def test_scores_of_answers_see_edits_and_hooks(llama):
 
 
 def test_what_has_no_answer_or_no_prompt_has_no_score(llama):
-    one, both = answers.Example((5,), (6,)), r"a prompt of {} tokens with {} to predict after it: both need at least one"
+    one, both = answers.Example((5,), (6,)), r"a row of {} tokens, a prompt of {} among them: it needs at least one, and one to predict after it"
     with pytest.raises(ValueError, match="there are no examples"):
         heads.answer_loss(llama, [])
-    for bad, counts in ((answers.Example((), (5, 6)), (0, 2)), (answers.Example((5, 6), ()), (2, 0))):
+    for bad, counts in ((answers.Example((), (5, 6)), (2, 0)), (answers.Example((5, 6), ()), (2, 2))):
         for run in (heads.score_answers, heads.answer_loss):
             with pytest.raises(ValueError, match=both.format(*counts)):
                 run(llama, [one, bad])
     for run in (heads.token_losses, lambda m, rows: heads.losses_under(m, rows, {"base": []})):
-        with pytest.raises(ValueError, match=both.format(1, 0)):
+        with pytest.raises(ValueError, match=both.format(1, 1)):
             run(llama, [[5, 6], [7]])
     for batch, error in ((0, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="batch is"):

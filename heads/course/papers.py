@@ -28,7 +28,6 @@ _yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 # Scalars stay text, to be read as a parameter's default is: YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False.
 texts = partial(yaml.load, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 MOST = 2**32 - 1  # the largest seed that numpy takes
-FROM_ZERO = {"seed", "shots", "depth"}  # whole numbers that may be 0 though their comments do not say what 0 does
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def _senseless(parameter, value) -> str | None:
     if isinstance(value, str):
         return "must not be empty" if default and not value.strip() else None
     whole = [d for d in (default if isinstance(default, (list, tuple)) else [default]) if type(d) is int]
-    least = min([0 if name in FROM_ZERO or re.search(r"\b0\b", parameter.comment) else 1, *whole])
+    least = min([0 if name == "seed" or re.search(r"\b0\b", parameter.comment) else 1, *whole])
     for each in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(each, float) and not math.isfinite(each):
             return "must be finite"
