@@ -48,7 +48,7 @@ def batch(model, sample, sets: dict) -> dict:
 
 def by_hand(model, sample, sets: dict, prefix: DynamicCache | None = None) -> dict:
     """The same with a plain cache: one row for each set; without a prefix the prompt is prefilled by the edited model."""
-    edited, n = heads.ablate(model, [list(s) for s in sets.values()], "uniform", phase="decode"), len(sets)
+    edited, n = heads.ablate(model, [list(s) for s in sets.values()], "uniform", phase="decode", prompt=sample.ids.shape[1]), len(sets)
     cache = DynamicCache() if prefix is None else copy.deepcopy(prefix)
     if n > 1:
         cache.batch_repeat_interleave(n)

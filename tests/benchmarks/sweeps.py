@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import heads
 from heads import metrics, plot
@@ -178,13 +179,15 @@ def _path_run(n: int, engine: str, stride: int):
 
     model = ours()
     prompts, chosen = task(model, n), some(model, stride if engine == "literal" else 1)
-    route = paths.Route().check(model, prompts)
-    sets = [(head,) for head in chosen]
-    work = lambda some_prompts, some_sets: paths._patched(  # noqa: E731
-        model, some_prompts, some_sets, route, metrics.logit_difference, engine, 16, None, False)[2]  # fmt: skip
-    work(prompts[:2], sets[:1])
-    seconds, values = timed(work, prompts, sets)
-    memory = peak_above(work, prompts, sets if engine == "fast" else sets[:2])[0]
+    route, run, silent = paths.Route().check(model, prompts), getattr(paths, engine), tqdm(disable=True)
+
+    def work(some_prompts, senders):
+        parts = some_prompts.batches(16)
+        return torch.cat([run(model, part, senders, route, metrics.logit_difference, None, silent)[2] for part in parts], -1)
+
+    work(prompts[:2], chosen[:1])
+    seconds, values = timed(work, prompts, chosen)
+    memory = peak_above(work, prompts, chosen if engine == "fast" else chosen[:2])[0]
     values = {head: values[k].mean().item() for k, head in enumerate(chosen)}
     return {"seconds": seconds * model.anatomy.n / len(chosen), "values": values, "peak_memory_bytes": memory}
 
