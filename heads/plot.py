@@ -6,7 +6,7 @@ that has not changed makes no difference in git.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -33,6 +33,8 @@ COLORS = {
 GREY = "#8A8A8A"
 FRAME = COLORS["green"]  # seen on every colour of both maps
 SEQUENTIAL, DIVERGING = "magma_r", "RdBu_r"  # both light at zero: most heads do nothing
+AREA = 12  # pixels of one colour that are more than the edge of a letter
+TOLERANCE = 2  # levels of 255 by which a colour that covers an area may be off
 LARGEST = 120_000  # bytes of a picture that moves: it goes into a notebook, which may hold 300 kB
 
 
@@ -88,6 +90,93 @@ def _scale(values, center, vmin, vmax):
     return plt.get_cmap(DIVERGING if diverges else SEQUENTIAL).with_extremes(bad="#D9D9D9"), limits
 
 
+def head_label(head: tuple[int, int]) -> str:
+    """A head as the field writes it: (23, 3) is L23.H3."""
+    return f"L{head[0]}.H{head[1]}"
+
+
+def maps(tables: Mapping[str, ArrayLike], *, label: str = "score", highlight: Iterable[tuple[int, int]] | Mapping = (),
+         center: int | None = None, vmin: float | None = None, vmax: float | None = None,
+         figsize: tuple[float, float] | None = None) -> plt.Figure:  # fmt: skip
+    """Draw layer x head maps in a row, on one scale with one colour bar: `{title: values or HeadScores}`.
+
+    highlight: the heads to frame in every map, or `{title: heads}`. The rest is as for `heatmap`.
+    Raises ValueError without a map, and what `heatmap` raises.
+    """
+    arrays = [np.asarray(getattr(table, "values", table), dtype=float) for table in tables.values()]
+    if not arrays:
+        raise ValueError("maps needs one map or more, as {title: values}")
+    every = np.concatenate([array.ravel() for array in arrays])
+    _, (low, high) = _scale(every, center, vmin, vmax)
+    size = figsize or (2.9 * len(arrays) + 1.0, min(max(2.4, 0.17 * len(arrays[0]) + 1.0), 6.5))
+    fig, axes = plt.subplots(1, len(arrays), figsize=size, sharey=True, squeeze=False)
+    for ax, (title, array) in zip(axes[0], zip(tables, arrays)):
+        framed = highlight.get(title, ()) if isinstance(highlight, Mapping) else highlight
+        heatmap(array, ax, label=label, center=0 if low < 0 else None, vmin=low, vmax=high, highlight=framed, title=title)
+        if ax is not axes[0, -1]:
+            ax.images[0].colorbar.remove()
+        if ax is not axes[0, 0]:
+            ax.set_ylabel("")
+    return fig
+
+
+def bars(ax: plt.Axes, names: Sequence[str], series: Mapping[str, Sequence[ArrayLike]], *,
+         colors: Sequence[str] | None = None) -> plt.Axes:  # fmt: skip
+    """Draw grouped bars: for each name a bar of every series, at the mean of its samples, which are the dots on it.
+
+    series: `{label: [samples of each name]}`; a number is one sample and has no dot.
+    Raises ValueError where a series has not one entry for each name.
+    """
+    colors, width = colors or list(COLORS.values()), 0.8 / max(1, len(series))
+    for number, (label, values) in enumerate(series.items()):
+        if len(values) != len(names):
+            raise ValueError(f"series {label!r} has {len(values)} entries, expected one for each of {len(names)} names")
+        samples = [np.ravel(value) for value in values]
+        at = np.arange(len(names)) + width * (number - (len(series) - 1) / 2)
+        ax.bar(at, [np.mean(each) for each in samples], 0.92 * width, label=label, color=colors[number % len(colors)])
+        for x, each in zip(at, samples):
+            if len(each) > 1:
+                ax.plot(np.full(len(each), x), each, "o", color="#333333", ms=3.5, alpha=0.7)
+    ax.set_xticks(range(len(names)), names)
+    return ax
+
+
+def histogram(ax: plt.Axes, scores: ArrayLike, *, null: ArrayLike = (), line: float | None = None,
+              mark: Iterable[tuple[int, int]] = (), bins: int = 50, names: Sequence[str] = ("all heads", "null", "criterion"),
+              ) -> plt.Axes:  # fmt: skip
+    """Draw how the scores `[layer, head]` of all heads are spread, on a logarithmic count, with the heads in `mark` named.
+
+    null: what chance gave, beside them. line: a threshold. names: of the heads, the null and the line, for the legend.
+    """
+    values, null = np.asarray(getattr(scores, "values", scores), dtype=float), np.ravel(null)
+    edges = np.histogram_bin_edges(np.concatenate([values[np.isfinite(values)], null]), bins)
+    ax.hist(values[np.isfinite(values)], edges, color=GREY, label=names[0])
+    if len(null):
+        ax.hist(null, edges, color=COLORS["orange"], label=names[1])
+    if line is not None:
+        ax.axvline(line, color="#4D4D4D", ls=":", lw=1.5, label=names[2])
+    for number, head in enumerate(mark):
+        height = 4.0 * 2**number
+        ax.annotate(head_label(head), (values[head], 1), (values[head], height), ha="center", arrowprops={"arrowstyle": "->"})
+    ax.set(yscale="log", ylabel="heads (log scale)")
+    ax.legend()
+    return ax
+
+
+def ranked(k: int = 10, **scores: ArrayLike) -> pd.DataFrame:
+    """The table of the best `k` heads of the first scores, with what the others give the same heads: `ranked(5, ov=a, qk=b)`.
+
+    Raises ValueError without scores.
+    """
+    if not scores:
+        raise ValueError("ranked needs scores by name, such as ranked(10, ablation=scores)")
+    tables = {name: np.asarray(getattr(table, "values", table), dtype=float) for name, table in scores.items()}
+    first = next(iter(tables.values()))
+    order = [np.unravel_index(i, first.shape) for i in np.argsort(-first, axis=None, kind="stable")[:k]]
+    columns = {name: [float(f"{table[head]:.3g}") for head in order] for name, table in tables.items()}
+    return pd.DataFrame({"head": [head_label(head) for head in order], **columns}, index=range(1, len(order) + 1))
+
+
 def band(ax: plt.Axes, x: ArrayLike, samples: ArrayLike, label: str | None = None,
          color: str | None = None) -> Line2D:  # fmt: skip
     """Draw the mean of several sets as a line, with the interval that holds 95 % of the sets.
@@ -115,23 +204,42 @@ def save(fig: plt.Figure, stem: str | Path, data: Mapping | pd.DataFrame | None 
     stem = Path(stem)
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     fig.savefig(png, metadata={"Software": None})
-    # 128 colours are enough for any of our figures, and keep a notebook with six of them small
     with Image.open(png) as image:
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(png, optimize=True)
+        _palette(image.convert("RGB")).save(png, optimize=True)
     fig.savefig(svg, metadata={"Date": None, "Creator": None})
     return [png, svg, *_table(stem, data)]
+
+
+def _palette(image: Image.Image) -> Image.Image:
+    """The picture in 256 colours, which keep a notebook with six of them small.
+
+    The next one taken is always the colour that is farthest from all taken before, first among those that cover `AREA`
+    pixels, then among the edges of letters. A palette by area would be spent on paper and ink, and leave a map few steps.
+    """
+    rgb = np.asarray(image.convert("RGB"))
+    colors, where, counts = np.unique(rgb.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    colors, chosen, nearest = colors.astype(int), [counts.argmax()], np.zeros(len(colors), np.uint8)
+    off = np.abs(colors - colors[chosen[0]]).max(1)  # levels to the nearest chosen colour
+    for part in (np.flatnonzero(counts >= AREA), np.arange(len(colors))):
+        while len(part) and len(chosen) < 256 and off[part].max() > TOLERANCE:
+            chosen.append(part[off[part].argmax()])
+            new = np.abs(colors - colors[chosen[-1]]).max(1)
+            nearest[new < off], off = len(chosen) - 1, np.minimum(off, new)
+    picture = Image.fromarray(nearest[where.ravel()].reshape(rgb.shape[:2]))
+    picture.putpalette(colors[chosen].ravel().tolist())
+    return picture
 
 
 def animation(fig: plt.Figure, draw: Callable[[object], object], frames: Iterable, stem: str | Path,
               data: Mapping | pd.DataFrame | None = None, *, seconds: float = 5.0, hold: float = 1.5,
               dpi: int = 80) -> list[Path]:  # fmt: skip
-    """Write a figure that moves as `stem`.png and `stem`.gif and, with data, `stem`.csv; return the paths.
+    """Write a figure that moves as `stem`.png, `stem`.film.png, `stem`.gif and, with data, `stem`.csv; return the paths.
 
     draw(frame) changes the figure, once for each of `frames`. They take `seconds` together; then the last one
     stays for `hold` seconds more. The layout is that of the first frame, so that nothing jumps.
 
-    The png, for a page, is an animated one: a browser plays it, and whatever cannot (paper, LaTeX) shows the last
-    frame. The gif, larger, is for slides. Neither holds a date or a version: the same frames give the same bytes.
+    The png is the last frame, for paper and for a first look. The film, an animated png, is for a page: a browser plays
+    it. The gif, larger, is for slides. None holds a date or a version: the same frames give the same bytes.
 
     Raises ValueError for fewer than two frames and for a png that is too large for a notebook.
     """
@@ -149,10 +257,11 @@ def animation(fig: plt.Figure, draw: Callable[[object], object], frames: Iterabl
             f"{stem.name}: {moving.tell() // 1000} kB in {len(pictures)} frames, at most {LARGEST // 1000} kB: "
             "take fewer frames or draw a smaller figure"
         )
-    png, gif = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.gif")
-    png.write_bytes(moving.getvalue())
+    still, moves, gif = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "film.png", "gif"))
+    last.save(still, "PNG", optimize=True)
+    moves.write_bytes(moving.getvalue())
     pictures[0].save(gif, append_images=pictures[1:], optimize=False, **film)
-    return [png, gif, *_table(stem, data)]
+    return [still, moves, gif, *_table(stem, data)]
 
 
 def _pictures(fig, draw, frames, dpi):

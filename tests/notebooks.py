@@ -1,17 +1,19 @@
 """The notebooks' half of `make test`: `python -m tests.notebooks [--all]`.
 
 A notebook is run in one of two ways. *By nbval*: its defaults, cell by cell, and every output that deserves comparing is
-compared. *Smoke*: its smoke preset through papermill, which shows only that it runs. By nbval go the papers whose committed
+compared. *Drill*: its smoke preset, in which every exercise is answered wrongly and then by its solution: it shows that the
+notebook runs, that a check says what is wrong, and that the solution passes it. By nbval go the papers whose committed
 result is not of this code, and one paper of each part, drawn by the commit: the same for whoever tests that commit, and
 in time every one (without git: the first of the part). `--all` takes every default by nbval.
 
 Two run side by side, one thread each, the longest first. They draw into a folder that is thrown away, and what
-`heads.kept` holds is not trusted. The exit status is 1 where any fails.
+`heads.kept` holds is not trusted. The exit status is 1 where any fails. `--drill SLUG` drills one paper, here.
 """
 
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -19,8 +21,11 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from hashlib import sha256
+from pathlib import Path
 
-from heads.course import papers, record
+import nbformat
+
+from heads.course import papers, record, runs
 
 SIDE_BY_SIDE = 2  # kernels: CI and many a laptop have two cores
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -66,8 +71,8 @@ def seconds(slug: str) -> float:
 
 def run(slug: str, nbval: bool, env: dict) -> tuple[bool, float, str]:
     """Run one notebook in a process of its own: whether it passed, its seconds, what it printed."""
-    smoke = [sys.executable, "-m", "heads", "run", slug, "--preset", "smoke"]
-    command, start = [*BY_NBVAL, str(papers.notebook(slug))] if nbval else smoke, time.monotonic()
+    drilled = [sys.executable, __file__, "--drill", slug]
+    command, start = [*BY_NBVAL, str(papers.notebook(slug))] if nbval else drilled, time.monotonic()
     try:
         done = subprocess.run(
             command, cwd=papers.root(), env=env, timeout=LONGEST, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -75,6 +80,48 @@ def run(slug: str, nbval: bool, env: dict) -> tuple[bool, float, str]:
     except subprocess.TimeoutExpired:
         return False, LONGEST, f"{slug} was stopped after {LONGEST} s"
     return done.returncode == 0, time.monotonic() - start, done.stdout
+
+
+WRONG_IS_SAID = """\
+for source in ({answer!r}, {check!r}):
+    found = get_ipython().run_cell(source, store_history=False, silent=False)
+error = found.error_in_exec
+if not isinstance(error, AssertionError) or {words!r} not in str(error):
+    raise RuntimeError(f"the check of a wrong answer said {{error!r}}, expected an AssertionError with the words " + {words!r})
+"""
+
+
+def drill_of(slug: str) -> nbformat.NotebookNode:
+    """A paper's notebook with more cells: after each check a wrong answer of tests/drills/<slug>.py (a list WRONG of
+    `(code, words of the check)`, one for each exercise, in order), and after each solution the check again."""
+    book = nbformat.read(papers.notebook(slug), as_version=4)
+    path = papers.root() / "tests" / "drills" / f"{slug.replace('-', '_')}.py"
+    wrong = runpy.run_path(str(path))["WRONG"] if path.is_file() else []
+    cells, checks = [], []
+    for cell in book.cells:
+        cells.append(cell)
+        tags = cell.metadata.get("tags", [])
+        if "check" in tags:
+            if len(checks) == len(wrong):
+                raise ValueError(f"{path.name}: {len(wrong)} wrong answers, but there is another check")
+            answer, words = wrong[len(checks)]
+            checks.append(cell.source)
+            drill = WRONG_IS_SAID.format(answer=answer, check=cell.source, words=words)
+            cells.append(nbformat.v4.new_code_cell(drill))
+        elif "solution" in tags and checks:
+            cells.append(nbformat.v4.new_code_cell(checks[-1]))
+    if len(checks) != len(wrong):
+        raise ValueError(f"{path.name}: {len(wrong)} wrong answers for {len(checks)} checks")
+    book.cells = cells
+    return book
+
+
+def drill(slug: str) -> None:
+    """Run a paper's drill with its smoke preset. RuntimeError names the cell that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / papers.notebook(slug).name
+        nbformat.write(drill_of(slug), path)
+        runs._execute(path, None, parameters=runs.plan(slug, "smoke"))
 
 
 def run_all(ways: dict[str, bool]) -> list[str]:
@@ -100,12 +147,17 @@ def run_all(ways: dict[str, bool]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.notebooks", description=__doc__.split("\n\n")[1])
     parser.add_argument("--all", action="store_true", help="every default by nbval")
-    everything, start = parser.parse_args(arguments).all, time.monotonic()
+    parser.add_argument("--drill", metavar="SLUG", help="only the drill of one paper")
+    asked, start = parser.parse_args(arguments), time.monotonic()
+    if asked.drill:
+        drill(asked.drill)
+        return 0
+    everything = asked.all
     parts = {paper.slug: paper.part for paper in papers.papers() if paper.state == "ready"}
     chosen = by_nbval(parts, [slug for slug in parts if not record.current(slug)], head())
     for slug in parts:
         why = "asked for (--all)" if everything else chosen.get(slug, "its result is of this code, and another was drawn")
-        print(f"{'nbval' if everything or slug in chosen else 'smoke'}  {slug}: {why}", flush=True)
+        print(f"{'nbval' if everything or slug in chosen else 'drill'}  {slug}: {why}", flush=True)
     failed = run_all({slug: everything or slug in chosen for slug in parts})
     minutes = (time.monotonic() - start) / 60
     print(f"{len(parts)} notebooks in {minutes:.1f} minutes; failed: {', '.join(failed) or 'none'}", flush=True)

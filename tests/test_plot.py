@@ -45,7 +45,7 @@ def test_two_processes_write_the_same_bytes(tmp_path):
         (tmp_path / run).mkdir()
         subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / run / "figure")], check=True)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    moving = ["figure-moving.csv", "figure-moving.gif", "figure-moving.png"]
+    moving = ["figure-moving.csv", "figure-moving.film.png", "figure-moving.gif", "figure-moving.png"]
     assert names == [*moving, "figure.csv", "figure.png", "figure.svg"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -144,8 +144,12 @@ def darkness(image):
 
 def test_an_animation_moves_rests_on_its_end_and_repeats(tmp_path):
     fig, draw = moving_bar()
-    png, gif, table = plot.animation(fig, draw, [1, 2, 3], tmp_path / "1.5-bar", {"height": [1, 2, 3]}, seconds=0.6, hold=2)
-    assert [path.name for path in (png, gif, table)] == ["1.5-bar.png", "1.5-bar.gif", "1.5-bar.csv"]
+    files = plot.animation(fig, draw, [1, 2, 3], tmp_path / "1.5-bar", {"height": [1, 2, 3]}, seconds=0.6, hold=2)
+    assert [path.name for path in files] == ["1.5-bar.png", "1.5-bar.film.png", "1.5-bar.gif", "1.5-bar.csv"]
+    still, png, gif, _ = files
+    with Image.open(still) as picture:
+        assert picture.format == "PNG" and getattr(picture, "n_frames", 1) == 1
+        end = darkness(picture)
     with Image.open(gif) as film:
         dark, durations = [], []
         for frame in range(film.n_frames):
@@ -156,7 +160,7 @@ def test_an_animation_moves_rests_on_its_end_and_repeats(tmp_path):
         assert durations == [200, 200, 2200] and film.info["loop"] == 0
     with Image.open(png) as film:
         assert film.format == "PNG" and film.n_frames == 4 and film.info["default_image"]
-        assert darkness(film) == dark[-1], "what cannot move shows the end"
+        assert darkness(film) == dark[-1] == end, "what cannot move shows the end"
 
 
 def test_the_layout_of_an_animation_is_that_of_its_first_frame(tmp_path):
@@ -180,3 +184,52 @@ def test_a_large_or_single_frame_is_no_animation(tmp_path):
     with pytest.raises(ValueError, match="kB in 9 frames.*fewer frames or draw a smaller figure"):
         plot.animation(image.figure, lambda _: image.set_data(rng.random((400, 600))), range(9), tmp_path / "f")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_keeps_its_colours(tmp_path):
+    """Of a map with its bar, two colour maps and a frame: no area is off by more than a few of 255 levels."""
+    fig, axes = plt.subplots(1, 2)
+    values = np.random.default_rng(0).random((12, 9))
+    plot.heatmap(values, axes[0], highlight=[(1, 2)])
+    plot.heatmap(values - 0.5, axes[1])
+    fig.canvas.draw()
+    png, _ = plot.save(fig, tmp_path / "f")
+    fig.savefig(tmp_path / "true.png")
+    true, kept = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (tmp_path / "true.png", png))
+    off = np.abs(true - kept).max(-1)
+    _, where, counts = np.unique(true.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    assert off[(counts >= plot.AREA)[where.ravel()].reshape(off.shape)].max() <= 5
+    assert off[(true == 255).all(-1)].max() == 0
+
+
+def test_maps_share_one_scale_and_one_bar():
+    fig = plot.maps({"a": np.zeros((3, 2)), "b": np.full((3, 2), -2.0)}, label="loss", highlight={"b": [(1, 1)]})
+    axes = [ax for ax in fig.axes if ax.get_images()]
+    assert {drawn(ax)[1] for ax in axes} == {(-2.0, 2.0)} and {drawn(ax)[2] for ax in axes} == {"RdBu_r"}
+    assert len(fig.axes) == 3 and [len(ax.patches) for ax in axes] == [0, 1]
+    with pytest.raises(ValueError, match="one map or more"):
+        plot.maps({})
+
+
+def test_bars_are_means_and_dots_are_samples():
+    ax = plot.bars(plt.subplots()[1], ["x", "y"], {"ours": [[1, 3], [5]], "theirs": [4, 2.5]})
+    assert [bar.get_height() for bar in ax.patches] == [2, 5, 4, 2.5]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[1, 3]]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["x", "y"]
+    with pytest.raises(ValueError, match="series 'ours' has 1 entries, expected one for each of 2"):
+        plot.bars(plt.subplots()[1], ["x", "y"], {"ours": [1]})
+
+
+def test_a_histogram_counts_every_head_and_names_those_marked():
+    scores = np.array([[0.0, 0.1], [0.9, np.nan]])
+    ax = plot.histogram(plt.subplots()[1], scores, null=[0.2, 0.3], line=0.5, mark=[(1, 0)], bins=9)
+    assert sum(bar.get_height() for bar in ax.containers[0]) == 3 and sum(b.get_height() for b in ax.containers[1]) == 2
+    assert [text.get_text() for text in ax.texts] == ["L1.H0"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["all heads", "null", "criterion"]
+
+
+def test_ranked_lists_the_best_of_the_first_scores():
+    table = plot.ranked(2, first=np.array([[0.1, 0.9], [0.5, 0.2]]), other=np.array([[1, 2], [3, 4]]))
+    assert table.to_dict("list") == {"head": ["L0.H1", "L1.H0"], "first": [0.9, 0.5], "other": [2.0, 3.0]}
+    with pytest.raises(ValueError, match="ranked needs scores"):
+        plot.ranked(2)

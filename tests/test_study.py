@@ -162,18 +162,18 @@ def test_what_is_measured_is_kept_as_json():
 
 
 def test_the_tables_in_a_notebook(study):
-    claims = study.claims()._repr_mimebundle_()["text/markdown"]
+    claims = study.claims()._repr_mimebundle_()[0]["text/markdown"]
     assert claims.count("\n") == 3 and "\\|r\\| of C1" in claims and "> 0.1" in claims
     verdict = conclude(study)
     assert str(verdict) == "C1 holds\nC2 not tested here"
-    assert "| C1 |" in verdict._repr_mimebundle_()["text/markdown"]
+    assert "| C1 |" in verdict._repr_mimebundle_()[0]["text/markdown"]
 
 
 def test_what_is_measured_cannot_write_html(study):
-    shown = study.claim("C1", measured="<b>|r|</b>", holds=True)._repr_mimebundle_()["text/markdown"]
+    shown = study.claim("C1", measured="<b>|r|</b>", holds=True)._repr_mimebundle_()[0]["text/markdown"]
     assert "&lt;b>\\|r\\|&lt;/b>" in shown and "<b>" not in shown
     study.claim("C2", measured=None, holds=None, why="<script>\nx")
-    table = study.verdict()._repr_mimebundle_()["text/markdown"]
+    table = study.verdict()._repr_mimebundle_()[0]["text/markdown"]
     assert table.count("\n") == 3 and "&lt;script> x" in table and "<b>" not in table and "**holds**" in table
 
 
@@ -210,11 +210,52 @@ def test_an_animation_is_kept_and_closed(study, tree):
         study.animation(a_figure(), print, [1, 2], "a/b")
     conclude(study)
     [film] = published(tree)["figures"]
-    assert film == {"name": "1-film", "caption": "It moves.", "files": ["1-film.png", "1-film.gif", "1-film.csv"]}
+    assert film == {"name": "1-film", "caption": "It moves.", "files": [f"1-film.{kind}" for kind in ("png", "film.png", "gif", "csv")]}
     assert all((tree / "figures" / "toy-paper" / name).is_file() for name in film["files"])
 
 
 # ---- the record ---------------------------------------------------------------------------
+
+
+def test_names_give_what_the_parameters_cell_declares_and_nothing_else(tree):
+    around = {**DEFAULTS, "np": np, "_": 3, "study": None}
+    assert Study("toy-paper", around).parameters == DEFAULTS
+    with pytest.raises(TypeError, match="lacks size"):
+        Study("toy-paper", {name: value for name, value in around.items() if name != "size"})
+    with pytest.raises(TypeError, match="'size' of toy-paper is a int"):
+        Study("toy-paper", {**around, "size": "three"})
+
+
+def test_a_picture_has_its_caption_as_alternative_text(study, monkeypatch):
+    shown = []
+    monkeypatch.setattr("heads.course.study.get_ipython", lambda: True)
+    monkeypatch.setattr("heads.course.study.display", lambda *what: shown.extend(what))
+    study.figure(a_figure(), "1-a", caption='A line "rises".')
+    study.animation(a_figure(), lambda x: None, [1, 2], "2-b", caption='It <moves> "on".', seconds=1)
+    data, about = shown[0]._repr_mimebundle_()
+    assert about == {"image/png": {"alt": 'A line "rises".'}} and data["image/png"].startswith(b"\x89PNG")
+    film = shown[-1]._repr_mimebundle_()[0]["text/html"]
+    assert film.startswith("<details><summary>Play") and 'alt="It &lt;moves&gt; &quot;on&quot;. (film)"' in film
+
+
+def test_smoke_says_that_it_is_smoke(tree):
+    smoke = Study("toy-paper", **{**DEFAULTS, "size": 1})
+    assert smoke.preset == "smoke"
+    assert "C1 holds (smoke: too small to mean anything)" in repr(smoke.claim("C1", measured=1, holds=True))
+    smoke.claim("C2", measured=1, holds=True)
+    assert "verdict (smoke: too small" in smoke.verdict()._repr_mimebundle_()[0]["text/markdown"]
+
+
+def test_runs_kept_from_elsewhere_stay_beside_the_result_and_are_shown(study, tree):
+    assert "no other run" in repr(study.elsewhere()).lower()
+    kept = tree / "figures" / "toy-paper" / papers.ELSEWHERE
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps([{"parameters": {"seed": 1}, "model": None, "seconds": 3.2, "code": "0" * 64,
+                                 "verdicts": {"C1": "holds", "C2": "fails"}}]))  # fmt: skip
+    conclude(study)
+    assert kept.is_file() and published(tree)
+    table = study.elsewhere()._repr_mimebundle_()[0]["text/markdown"]
+    assert "| run with |  | C1 | C2 |" in table and "| seed 1 (earlier code) | 3 s | holds | fails |" in table
 
 
 def test_the_record_is_complete(study, tree):
@@ -232,7 +273,7 @@ def test_the_record_is_complete(study, tree):
     ]  # fmt: skip
     assert result["parameters"] == DEFAULTS and result["arxiv"] == "2401.00001"
     assert {"name": "toy", "revision": "1", "sha256": "00"}.items() <= result["model"].items()
-    assert result["scores"] == {"retrieval": {"layers": 1, "heads": 2, "values": [[0.333333, None]]}}
+    assert result["scores"] == {"retrieval": {"layers": 1, "heads": 2, "values": [[0.3333, None]]}}
     assert list(result["claims"][0]) == ["id", "text", "paper", "measured", "verdict", "why"]
     [figure] = result["figures"]
     assert figure["caption"] == "A caption." and figure["files"] == ["1-a.png", "1-a.svg", "1-a.csv"]

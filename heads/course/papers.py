@@ -28,6 +28,7 @@ _yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 # Scalars stay text, to be read as a parameter's default is: YAML 1.1 takes 010 for 8, 1:30 for 90 and no for False.
 texts = partial(yaml.load, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 MOST = 2**32 - 1  # the largest seed that numpy takes
+ELSEWHERE = "elsewhere.json"  # in a paper's folder of figures
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,13 @@ def verdicts(slug: str, folder: Path | None = None) -> dict[str, str]:
         return {} if record is None else {claim["id"]: claim["verdict"] for claim in record["claims"]}
     except (LookupError, TypeError):
         raise ValueError(f"the result.json of {slug} is not what a study writes: run heads run {slug}") from None
+
+
+def elsewhere(slug: str) -> list[dict]:
+    """What `heads run --elsewhere` kept beside the committed result: of each run, the parameters that were not the
+    defaults, its verdicts, seconds and the digest of its code. ValueError for a file that is broken."""
+    path = root() / "figures" / paper(slug).slug / ELSEWHERE
+    return parsed(path) if path.is_file() else []
 
 
 def prose(measured: object) -> str:

@@ -100,8 +100,8 @@ def code(slug: str) -> dict:
 def digest(slug: str, modules: list[str], data: list[str]) -> str:
     """SHA-256 of these modules, the façade's rows that lead to them, these data, and the paper's claims and code cells.
 
-    Outputs and prose do not enter, nor does any module that the notebook has not imported: adding a verb or editing
-    another instrument leaves a result as current as it was.
+    Outputs, prose and exercises do not enter, nor does any module that the notebook has not imported: adding a verb or
+    editing another instrument leaves a result as current as it was.
     """
     book, homes = papers.notebook(slug), {f"heads.{name[:-3]}".replace("/", ".") for name in modules}
     paths = [*(PACKAGE / name for name in modules), *(names.root() / "data" / name for name in data)]
@@ -110,9 +110,13 @@ def digest(slug: str, modules: list[str], data: list[str]) -> str:
         # a façade's row is a name in a module, or a module
         {name: row for name, row in {**heads.HOMES, **tasks.HOMES}.items() if homes & {row[0], ".".join(row)}},
         repr(papers.paper(slug).claims),
-        [cell["source"] for cell in papers.code_cells(book)] if book.is_file() else [],
+        [cell["source"] for cell in papers.code_cells(book) if not _practice(cell)] if book.is_file() else [],
     ]
     return sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _practice(cell):
+    return bool({"exercise", "check", "solution"} & set(cell["metadata"].get("tags", [])))
 
 
 def current(slug: str, folder: str | Path | None = None) -> bool:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from nbformat import NotebookNode
 from heads.course import papers
 from heads.names import replacing
 
-VOLATILE = ("papermill", "execution", "collapsed", "scrolled")
+# What a code cell is for, its first tag. A reader sees the first three open and the rest folded, each one click away.
+KINDS = ("parameters", "idea", "exercise", "setup", "plot", "verdict", "check", "solution", "gpu", "helper")
 LARGEST = 300_000  # bytes of a committed notebook
 
 
@@ -105,6 +106,26 @@ def refresh(slug: str) -> Path:
     return path
 
 
+def elsewhere(slug: str, values: dict) -> Path:
+    """Run a paper with other parameters and keep the verdicts beside the committed result, in elsewhere.json.
+
+    Raises what `run` raises, and ValueError where the parameters are the defaults.
+    """
+    chosen = plan(slug, None, values)
+    if papers.preset_of(slug, chosen) == "default":
+        raise ValueError(f"{slug}: --elsewhere keeps the verdicts of another run; name what differs, such as -p seed=1")
+    run(slug, None, chosen)
+    found = papers.result(slug, papers.figures_folder(slug, chosen))
+    verdicts = {claim["id"]: claim["verdict"] for claim in found["claims"]}
+    new = {"parameters": values, "model": found["model"], "seconds": found["seconds"], "code": found["code"]["sha256"],
+           "verdicts": verdicts}  # fmt: skip
+    kept = [old for old in papers.elsewhere(slug) if old["parameters"] != values] + [new]
+    path = papers.root() / "figures" / slug / papers.ELSEWHERE
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
 def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
     """The notebook as papermill executed it, beside its source. RuntimeError says which cell failed."""
     import papermill
@@ -154,12 +175,24 @@ def _private() -> Iterator[type]:
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:
-    """A notebook as it is committed: stable cell ids, no timings, no widget state."""
+    """A notebook as it is committed, and as JupyterLab saves it: stable cell ids, cells folded by their tags, no timings,
+    no widget state."""
     for number, cell in enumerate(notebook.cells):
         cell["id"] = hashlib.sha256(f"{number} {cell.source[:60]}".encode()).hexdigest()[:8]
-        for key in VOLATILE if cell.metadata.get("tags") else (*VOLATILE, "tags"):  # papermill adds empty ones
-            cell.metadata.pop(key, None)
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
+        cell.metadata = nbformat.from_dict(folded(cell.metadata.get("tags", [])))
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    language = notebook.metadata.get("language_info", {"name": "python"})  # as the kernel told it
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
     nbformat.validate(notebook)
     return notebook
+
+
+def folded(tags: Iterable[str]) -> dict:
+    """A cell's metadata, made of its tags: what is hidden in JupyterLab, and by the tags hide-... on a site."""
+    tags = [tag for tag in tags if not tag.startswith("hide-")]
+    if not set(tags) & set(KINDS[3:]):
+        return {"tags": tags} if tags else {}
+    hidden = {"source_hidden": True}
+    if "solution" not in tags:
+        return {"jupyter": hidden, "tags": [*tags, "hide-input"]}
+    return {"collapsed": True, "jupyter": {"outputs_hidden": True, **hidden}, "tags": [*tags, "hide-input", "hide-output"]}

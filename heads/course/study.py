@@ -1,6 +1,6 @@
 """Study: what a notebook declares, draws and concludes, kept as one record.
 
-    study = heads.Study("retrieval-head", model=model, device=device, seed=seed)
+    study = heads.Study("retrieval-head", globals())    # takes what the parameters cell declares
     lm = study.uses(heads.load(model, device=device))
     study.figure(fig, "1-bands", data=frame, caption="...")
     study.claim("C1", measured="8.9 %", holds=share <= 0.1, why="...")
@@ -12,8 +12,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
+from html import escape
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -35,22 +38,24 @@ M = TypeVar("M")
 
 
 class Shown:
-    """Text for a terminal and Markdown for a notebook; a picture has a PNG as well."""
+    """Text for a terminal and Markdown for a notebook; a picture has a PNG, with `alt`, what it says in words, as well."""
 
-    def __init__(self, text: str, markdown: str | None = None, png: bytes | None = None):
-        self._mimes = {"text/plain": text, "text/markdown": markdown, "image/png": png}
+    def __init__(self, text: str, markdown: str | None = None, png: bytes | None = None, html: str | None = None, alt: str = ""):
+        self._mimes = {"text/plain": text, "text/markdown": markdown, "image/png": png, "text/html": html}
+        self._about = {"image/png": {"alt": alt}} if png else {}
 
     def __repr__(self):
         return self._mimes["text/plain"]
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {mime: data for mime, data in self._mimes.items() if data is not None}
+        return {mime: data for mime, data in self._mimes.items() if data is not None}, self._about
 
 
 class Study:
     """One run of a paper's notebook: seed, clock, model, figures, scores, claims, verdict.
 
-    slug names the paper; the keywords are the notebook's parameters, all of them and no other.
+    slug names the paper. Its parameters are taken from `names`, such as the notebook's `globals()`: what the
+    parameters cell declares and nothing else. A script gives them as keywords, all of them and no other.
     Seeds python, numpy and torch with `seed` and applies the house style. Nothing is published
     before `verdict()`: a run that dies earlier leaves the last good figures as they were.
 
@@ -58,8 +63,10 @@ class Study:
     parameter.
     """
 
-    def __init__(self, slug: str, **parameters):
+    def __init__(self, slug: str, names: Mapping[str, object] | None = None, /, **parameters):
         self.paper = papers.paper(slug)
+        if names is not None:
+            parameters |= {p.name: names[p.name] for p in papers.parameters(slug) if p.name in names}
         self.parameters = parameters
         self.seed = parameters.get("seed", 0)
         if papers.notebook(slug).is_file():  # a planned paper takes any
@@ -98,26 +105,33 @@ class Study:
 
     def animation(self, fig: Figure, draw: Callable[[object], object], frames: Iterable, name: str,
                   data: Mapping | DataFrame | None = None, caption: str = "", **timing: float) -> None:  # fmt: skip
-        """Keep a figure that moves, and show it: `draw(frame)` changes it, once for each of `frames`.
+        """Keep a figure that moves, and show its last frame: `draw(frame)` changes it, once for each of `frames`.
 
-        Kept as png (it plays in a browser and stands still on paper), gif (for slides) and, with data, csv.
+        In a notebook the film is below the still picture, folded away: opening it plays, closing it stops.
+        Kept as png (the last frame), film.png (it plays in a browser), gif (for slides) and, with data, csv.
         timing: `seconds`, `hold` and `dpi` of `heads.plot.animation`, which says what is refused.
         """
-        self._keep(name, caption, fig, lambda stem: plot.animation(fig, draw, frames, stem, data, **timing))
+        files = self._keep(name, caption, fig, lambda stem: plot.animation(fig, draw, frames, stem, data, **timing))
+        if get_ipython():
+            film, alt = b64encode(files[1].read_bytes()).decode(), escape(f"{caption} (film)")
+            picture = f'<img src="data:image/png;base64,{film}" alt="{alt}">'
+            display(Shown("<film>", html=f"<details><summary>Play</summary>{picture}</details>"))
 
     def _keep(self, name, caption, fig, write):
-        """Write a figure's files, list them in the record, close it and show the first of them with its caption."""
+        """Write a figure's files, list them in the record, close it and show the first of them with its caption; the files."""
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
             raise ValueError(f"a figure's name is a file stem of letters, digits, '-' and '.', not {name!r}")
         files = write(self._output.work / name)
         plot.plt.close(fig)
         self._figures[name] = {"name": name, "caption": caption, "files": [f.name for f in files]}
         if get_ipython():
-            display(Shown(f"<figure {name}>", png=files[0].read_bytes()), *[Shown(c, f"*{cell(c)}*") for c in [caption] if c])
+            picture = Shown(f"<figure {name}>", png=files[0].read_bytes(), alt=caption or name)
+            display(picture, *[Shown(c, f"*{cell(c)}*") for c in [caption] if c])
+        return files
 
     def scores(self, name: str, scores: HeadScores) -> None:
         """Keep a HeadScores, as data, in result.json under this name."""
-        self._scores[name] = plain(scores.to_dict(), digits=6)
+        self._scores[name] = plain(scores.to_dict())
 
     def claim(self, id: str, *, measured: object, holds: bool | None, partly: bool = False, why: str = "",
               timed: bool = False) -> Shown:  # fmt: skip
@@ -139,8 +153,9 @@ class Study:
         said, here = {"id": id, "text": claim.text, "paper": claim.paper}, plain(measured)
         self._claims[id] = {**said, "measured": here, "verdict": verdict, "why": why}
         (self._timed.add if timed else self._timed.discard)(id)
-        markdown = f"**{id} {verdict}.** " + cell(f"Here: {prose(here)}. The paper: {claim.paper}. {why}".rstrip())
-        return Shown(f"{id} {verdict}: {prose(here)}", markdown)
+        judged = f"{id} {verdict}" + " (smoke: too small to mean anything)" * (self.preset == "smoke")
+        markdown = f"**{judged}.** " + cell(f"Here: {prose(here)}. The paper: {claim.paper}. {why}".rstrip())
+        return Shown(f"{judged}: {prose(here)}", markdown)
 
     def summary(self) -> None:
         """Print one line for each claim, `C1 holds`, and nothing that differs between machines.
@@ -159,10 +174,25 @@ class Study:
         rows = self._judged()
         text = json.dumps(self._record(rows), indent=1, allow_nan=False, ensure_ascii=False)
         (self._output.work / "result.json").write_text(text + "\n", encoding="utf-8")
+        if (others := self._output.target / papers.ELSEWHERE).is_file():  # of other runs, kept beside this one
+            shutil.copy(others, self._output.work)
         self._output.publish()
-        head = ("", "claim", "the paper", "here", "verdict", "why")
+        smoke = " (smoke: too small to mean anything)" * (self.preset == "smoke")
+        head = ("", "claim", "the paper", "here", f"verdict{smoke}", "why")
         cells = [(r["id"], r["text"], r["paper"], prose(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
         return Shown("\n".join(f"{r['id']} {r['verdict']}" for r in rows), _table(head, cells))
+
+    def elsewhere(self) -> Shown:
+        """Does it hold elsewhere? The verdicts of other models and seeds that `heads run --elsewhere` kept, a row a run."""
+        runs = papers.elsewhere(self.paper.slug)
+        if not runs:
+            return Shown("No other run was kept yet: heads run SLUG -p seed=1 --elsewhere keeps one.")
+        ids, now = [c.id for c in self.paper.claims], record.code(self.paper.slug)["sha256"]
+        rows = [
+            (prose(run["parameters"]) + " (earlier code)" * (run["code"] != now), f"{run['seconds']:.0f} s",
+             *(run["verdicts"].get(id, "") for id in ids)) for run in runs
+        ]  # fmt: skip
+        return Shown("\n".join(", ".join(row) for row in rows), _table(("run with", "", *ids), rows))
 
     def _judged(self):
         if missing := [c.id for c in self.paper.claims if c.id not in self._claims]:
