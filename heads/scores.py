@@ -50,13 +50,14 @@ class HeadScores:
     Args:
         values: `[layer, head]`, finite numbers.
         name: what the numbers are, with their unit; used as the label of figures.
+        model: whose heads they are, a loaded model or its identity: kept as {"name", "sha256"}. None: not known, not checked.
 
     Raises:
         ValueError: if the table is not two-dimensional or holds NaN.
     """
 
-    def __init__(self, values: ArrayLike, name: str = "score"):
-        self.values, self.name = _array(values), name
+    def __init__(self, values: ArrayLike, name: str = "score", model: Any = None):
+        self.values, self.name, self.model = _array(values), name, identity(model)
         if self.values.ndim != 2 or not self.values.size:
             raise ValueError(f"head scores are a [layer, head] table, got shape {self.values.shape}")
         if not np.isfinite(self.values).all():
@@ -101,13 +102,32 @@ class HeadScores:
         """Heads with a score above the threshold, best first."""
         return [head for head in self.rank() if self[head] > threshold]
 
-    def _same_shape(self, other: HeadScores) -> None:
+    def _same_heads(self, other: HeadScores) -> None:
         if self.shape != other.shape:
             raise ValueError(f"cannot compare {self.shape} heads with {other.shape}: scores of one model only")
+        if _differ(self.model, other.model):
+            raise ValueError(f"cannot compare heads of {_said(self.model)} with those of {_said(other.model)}: scores of one "
+                             "model only; HeadScores(scores.values, scores.name) forgets where they come from")  # fmt: skip
+
+    def belongs_to(self, model, derivative: bool = False) -> None:
+        """Refuse to use these heads in another model than they were found in; scores that do not say where are not checked.
+
+        Args:
+            derivative: allow a model with other weights, such as one fine-tuned from it, if it has as many heads.
+
+        Raises:
+            ValueError: naming both models.
+        """
+        here, shape = identity(model), (model.anatomy.n_layers, model.anatomy.n_heads)
+        if self.shape != shape:
+            raise ValueError(f"{self.name!r} is of a model with {self.shape} (layers, heads), but {_said(here)} has {shape}")
+        if not derivative and _differ(self.model, here):
+            raise ValueError(f"{self.name!r} was found in {_said(self.model)}, not in {_said(here)}: compute it for this model, or "
+                             "say that one is a derivative of the other (derivative=True)")  # fmt: skip
 
     def overlap(self, other: HeadScores, k: int | float, n_shuffles: int = 1000, seed: int = 0) -> Overlap:
         """Overlap of the two top-k sets, with the chance expectation and a within-layer shuffle null."""
-        self._same_shape(other)
+        self._same_heads(other)
         ours, theirs = set(self.top(k)), set(other.top(k))
         k, rng = len(ours), np.random.default_rng(seed)
         if not k:
@@ -123,7 +143,7 @@ class HeadScores:
         """Correlation over heads ("pearson" or "spearman"). A constant table has none: ValueError."""
         from scipy import stats
 
-        self._same_shape(other)
+        self._same_heads(other)
         known("method", method, ("pearson", "spearman"))
         if np.ptp(self.values) == 0 or np.ptp(other.values) == 0:
             raise ValueError("a table with one value for all heads has no correlation")
@@ -144,12 +164,13 @@ class HeadScores:
 
     def to_dict(self) -> dict:
         """What JSON can hold; `from_dict` reads it."""
-        return {"layers": self.shape[0], "heads": self.shape[1], "values": self.values.tolist()}
+        found = {"layers": self.shape[0], "heads": self.shape[1], "values": self.values.tolist()}
+        return found | ({"model": self.model} if self.model else {})
 
     @classmethod
     def from_dict(cls, data: dict, name: str = "score") -> HeadScores:
         """What `to_dict` wrote. ValueError where its shape is not that of its values."""
-        scores = cls(data["values"], name)
+        scores = cls(data["values"], name, data.get("model"))
         if scores.shape != (data["layers"], data["heads"]):
             raise ValueError(f"the record says {data['layers']} x {data['heads']} heads, its values are {scores.shape}")
         return scores
@@ -213,6 +234,22 @@ def _draw(like: list[Head], left: list[Head], match: str, rng) -> list[Head]:
     return sorted(drawn)
 
 
+def identity(model: Any) -> dict | None:
+    """{"name", "sha256"} of a loaded model's weights, or of what says it already; None where nothing does."""
+    record = model if isinstance(model, dict) else getattr(model, "record", None)
+    return {key: record.get(key) for key in ("name", "sha256")} if record else None
+
+
+def _differ(one: dict | None, other: dict | None) -> bool:
+    """Whether two models are known to differ: by their weights, or by name where one has no digest."""
+    key = "sha256" if one and other and one["sha256"] and other["sha256"] else "name"
+    return bool(one and other) and one[key] != other[key]
+
+
+def _said(model: dict | None) -> str:
+    return f"{model['name']} ({(model['sha256'] or 'no digest')[:12]})" if model else "this model"
+
+
 def _array(x) -> np.ndarray | None:
     return None if x is None else np.asarray(x.detach().cpu().double() if hasattr(x, "detach") else x, float)
 
@@ -231,12 +268,13 @@ class Effects(HeadScores):
     """
 
     def __init__(self, samples: ArrayLike, base: ArrayLike, source: ArrayLike | None = None,
-                 name: str = "change of logit difference", mlps: ArrayLike | None = None):  # fmt: skip
+                 name: str = "change of logit difference", mlps: ArrayLike | None = None,
+                 model: Any = None):  # fmt: skip
         self.samples, self.base, self.source, self.mlp_samples = map(_array, (samples, base, source, mlps))
         if self.samples.ndim != 3 or self.base.shape != self.samples.shape[:1]:
             found = f"{self.samples.shape} and {self.base.shape}"
             raise ValueError(f"effects are [prompt, layer, head] with a base for each prompt, got {found}")
-        super().__init__(self.samples.mean(0), name)
+        super().__init__(self.samples.mean(0), name, model)
 
     @property
     def mlps(self) -> np.ndarray:
@@ -266,18 +304,18 @@ class Effects(HeadScores):
 
         The ratio of batch means, never a mean of ratios (primitive of Wang et al. 2022 and Merullo et al. 2024).
         """
-        return HeadScores(self.values / self.gap(floor), f"{self.name}, share of the gap")
+        return HeadScores(self.values / self.gap(floor), f"{self.name}, share of the gap", self.model)
 
     def relative(self) -> HeadScores:
         """Effect as a share of the base run's mean metric (Zhang et al. 2024)."""
         base = float(self.base.mean())
         if abs(base) < 1e-6:
             raise ValueError("the base run's metric is zero on average: a relative effect is undefined")
-        return HeadScores(self.values / base, f"{self.name}, share of the base")
+        return HeadScores(self.values / base, f"{self.name}, share of the base", self.model)
 
     def magnitude(self) -> HeadScores:
         """The effect without its sign: negative heads belong to a circuit, too."""
-        return HeadScores(np.abs(self.values), f"|{self.name}|")
+        return HeadScores(np.abs(self.values), f"|{self.name}|", self.model)
 
     def interval(self, level: float = 0.95, n: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Bootstrap interval of the mean over prompts, `([layer, head], [layer, head])`."""
@@ -295,4 +333,5 @@ class Effects(HeadScores):
         middle = len(order) // 2
         if not middle:
             raise ValueError("one prompt has no halves")
-        return tuple(HeadScores(self.samples[part].mean(0), self.name) for part in (order[:middle], order[middle:]))
+        parts = order[:middle], order[middle:]
+        return tuple(HeadScores(self.samples[part].mean(0), self.name, self.model) for part in parts)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import heads
 from heads import HeadScores, random_heads
 
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -211,3 +212,22 @@ def test_controls_take_arrays_and_refuse_heads_that_do_not_exist():
     assert random_heads(like, (4, 4)) == random_heads([(0, 1), (2, 2)], (4, 4))
     with pytest.raises(ValueError, match=r"head \(9, 0\) does not exist in 4 layers"):
         random_heads([(9, 0)], (4, 4), match="near")
+
+
+def test_scores_say_whose_heads_they_are(tmp_path):
+    here, there = (heads.load("tiny-llama", device="cpu", seed=seed) for seed in (0, 1))
+    mine, other = (HeadScores(np.arange(16.0).reshape(4, 4), "made", model) for model in (here, there))
+    assert mine.model == {"name": "tiny-llama", "sha256": here.record["sha256"]} != other.model
+    assert HeadScores.load(mine.save(tmp_path / "mine.json")).model == mine.model
+    mine.belongs_to(here)
+    other.belongs_to(here, derivative=True)
+    with pytest.raises(ValueError, match="'made' was found in tiny-llama.*not in tiny-llama.*derivative=True"):
+        other.belongs_to(here)
+    for compare in (lambda: mine.overlap(other, 3), lambda: mine.correlate(other)):
+        with pytest.raises(ValueError, match="cannot compare heads of tiny-llama .* scores of one model only"):
+            compare()
+    unknown = HeadScores.from_dict({"layers": 4, "heads": 4, "values": mine.values.tolist()})  # as older files are
+    unknown.belongs_to(there)
+    assert unknown.model is None and unknown.correlate(mine) == pytest.approx(1) and "model" not in unknown.to_dict()
+    with pytest.raises(ValueError, match=r"is of a model with \(2, 2\)"):
+        HeadScores(np.eye(2), "small").belongs_to(here, derivative=True)

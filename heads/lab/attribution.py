@@ -149,7 +149,7 @@ def direct_attribution(
         z, reads, out, u = (torch.cat([x[i] for x in found]) for i in range(5, 9))
         samples = torch.einsum("plhd,plhd->plh", z - z.mean(0), reads)
         mlps = torch.einsum("plm,pm->pl", out - out.mean(0), u)
-    effects = Attribution(samples, base, name=f"direct attribution to {read.name}", mlps=mlps)
+    effects = Attribution(samples, base, name=f"direct attribution to {read.name}", mlps=mlps, model=model)
     effects.embedding, effects.biases = embedding.numpy(), biases.numpy()
     return effects
 
@@ -240,7 +240,7 @@ def attribution_patching(model, task: Task, metric: str | Metric = logit_differe
     read, task = _meant(model, task, metric, direction, positions)
     parts = [_first_order(model, part, read, positions) for part in task.batches(batch)]
     heads, mlps, base, source = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Effects(heads, base, source, f"change of {read.name}, first order", mlps)
+    return Effects(heads, base, source, f"change of {read.name}, first order", mlps, model)
 
 
 def _first_order(model, part: Task, read: Metric, positions):

@@ -165,12 +165,12 @@ class ListScores(HeadScores):
         chance: expected score of a head that guesses.
     """
 
-    def __init__(self, hits: Mapping[str, np.ndarray], sizes: Mapping[str, int], name: str):
+    def __init__(self, hits: Mapping[str, np.ndarray], sizes: Mapping[str, int], name: str, model=None):
         self.pairs = {key: len(x) for key, x in hits.items()}
-        self.lists = {key: HeadScores(x.mean(0), f"{name}, {key}") for key, x in hits.items()}
+        self.lists = {key: HeadScores(x.mean(0), f"{name}, {key}", model) for key, x in hits.items()}
         total = sum(self.pairs.values())
         self.chance = sum(n / sizes[key] for key, n in self.pairs.items()) / total
-        super().__init__(np.concatenate(list(hits.values())).mean(0), name)
+        super().__init__(np.concatenate(list(hits.values())).mean(0), name, model)
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
                 logits[torch.arange(len(source)), :, source] = -torch.inf
             hits[key].append((logits.argmax(-1) == target[:, None]).float().cpu())
     sizes = {key: len(members) - (not with_input) for key, (members, _) in lists.items()}
-    return ListScores({key: torch.stack(layers, 1).numpy() for key, layers in hits.items()}, sizes, name)
+    return ListScores({key: torch.stack(layers, 1).numpy() for key, layers in hits.items()}, sizes, name, model)
 
 
 def copying_score(

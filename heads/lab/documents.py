@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from heads.lab.answers import FULL, batches, losses_in, prepared
+from heads.model.weights import decoder_only
 from heads.model.zoo import sha256
 from heads.names import replacing
 
@@ -145,8 +146,7 @@ def source_of(documents: Source, out: str | Path) -> Path | None:
 
 def _checked(model, conditions, length, tokens, window, shard) -> int:
     """The length of the longest piece, once the arguments make sense."""
-    if model.anatomy.encoder:
-        raise ValueError(f"{model.record['name']} is an encoder: it predicts no next token, so a document has no such loss")
+    decoder_only(model)
     if any(type(n) is not int for n in (*shard, tokens, window, length or 2)):
         raise TypeError(f"length={length}, tokens={tokens}, window={window}, shard={shard}: expected whole numbers")
     if not 0 <= shard[0] < shard[1]:

@@ -30,7 +30,7 @@ from heads.lab.replay import Replay, ReplayError, chunks, room, swapped
 from heads.metrics import Metric, logit_difference, named
 from heads.model.offers import require
 from heads.model.weights import decoder_only, hooked, output_projection
-from heads.names import known
+from heads.names import known, whole
 from heads.scores import Effects, Head
 from heads.tasks.base import Task
 
@@ -116,7 +116,7 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     if not senders:
         raise ValueError(f"no sender lies below the receivers in layer {top}: a path goes upwards")
     read, found, parts = named(metric), [], task.batches(batch)
-    room(model, 1, 1, tokens)
+    whole("tokens", 1 if tokens is None else tokens, 1)
     require(model, "mlp")
     bar = tqdm(total=len(task) * len(senders), desc="path patching", unit="path", disable=None if progress else True)
     for part in parts:
@@ -135,7 +135,7 @@ def path_scores(model, task: Task, receivers: Iterable[Head] = (), component: st
     for (layer, head), change in zip(senders, values):
         table[:, layer, -1 if head == MLP else head] = change
     mlps = table[..., -1] if mlp_senders else None
-    return Effects(table[..., :-1], base, source, f"change of {read.name}", mlps=mlps)
+    return Effects(table[..., :-1], base, source, f"change of {read.name}", mlps=mlps, model=model)
 
 
 # ---- the fast engine ----------------------------------------------------------------------

@@ -50,7 +50,7 @@ def attention_to(model, task: Task, query: str = "END", roles: Mapping[str, torc
         rest = (rows * ~named[None, :, None]).sum(-1, keepdim=True)
         total = total + torch.cat([seen, rest], -1).sum(1)
     means = total / len(task)
-    return {name: HeadScores(means[..., i], f"attention from {query} to {name}") for i, name in enumerate([*roles, "rest"])}
+    return {to: HeadScores(means[..., i], f"attention from {query} to {to}", model) for i, to in enumerate([*roles, "rest"])}
 
 
 def _positions(task: Task, name: str, at) -> torch.Tensor:

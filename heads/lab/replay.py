@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from heads.model.offers import require
 from heads.model.prefix import Prefix
-from heads.model.weights import check_length, decoder_only, finished, heads_everywhere, hooked, projection
+from heads.model.weights import check_length, finished, heads_everywhere, hooked, projection
 from heads.names import whole
 
 
@@ -67,7 +67,6 @@ class Replay:
     def __init__(self, model, ids: torch.Tensor, start: int = 0, keep_parts: bool = False, check: bool = True):
         self.model, self.ids, self.start = model, ids.to(model.device), start
         self.n_layers, self.n_prompts = model.anatomy.n_layers, len(ids)
-        decoder_only(model)
         heads_everywhere(model)
         require(model, "readout")
         if model._edits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from heads.lab.answers import batches
 from heads.lab.decoding import Step, decode_batch
 from heads.names import whole
-from heads.scores import HeadScores
+from heads.scores import HeadScores, identity
 from heads.tasks.needle import Sample
 
 GATE = 50.0  # a sample counts if ROUGE-1 recall of the answer is above this (per cent)
@@ -51,6 +52,7 @@ class Retrieval:
 
     trials: list[Trial]
     name: str = "retrieval score"
+    model: Any = None  # as in `HeadScores`
 
     @property
     def successes(self) -> list[Trial]:
@@ -74,12 +76,12 @@ class Retrieval:
     @property
     def mean(self) -> HeadScores:
         """The retrieval score: mean over successful samples."""
-        return HeadScores(self.samples.mean(0), self.name)
+        return HeadScores(self.samples.mean(0), self.name, self.model)
 
     @property
     def frequency(self) -> HeadScores:
         """Share of successful samples in which a head copies at all."""
-        return HeadScores((self.samples > 0).mean(0), "activation frequency")
+        return HeadScores((self.samples > 0).mean(0), "activation frequency", self.model)
 
 
 def copying(best: torch.Tensor, token: int, ids: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
@@ -145,4 +147,4 @@ def retrieval_scores(model, samples: list[Sample], max_new_tokens: int = 50, sto
                     tallies[row].add(step)
             trials |= {i: tally.trial(model, dedup) for i, tally in zip(batch, tallies)}
             bar.update(len(batch))
-    return Retrieval([trials[i] for i in range(len(samples))], name)
+    return Retrieval([trials[i] for i in range(len(samples))], name, identity(model))

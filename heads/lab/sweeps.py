@@ -43,7 +43,7 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
         ValueError, LookupError: an unknown kind, role or metric, a reference that does not fit: before any forward pass.
     """
     known("kind of ablation", kind, KINDS)
-    whole("batch", batch, 1), room(model, 1, 1, tokens)
+    whole("batch", batch, 1), whole("tokens", 1 if tokens is None else tokens, 1)
     if reference is not None and kind not in ("mean", "resample"):
         raise ValueError(f"kind={kind!r} takes no reference")
     others = task.corrupted if reference is None else reference
@@ -72,7 +72,8 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
         if kind == "counterfactual":
             source.append(read(read.pick(twin.logits, part), part, reference_logits))
     bar.close()
-    return Effects(torch.cat(samples), torch.cat(base), torch.cat(source) if source else None, f"change of {read.name}")
+    return Effects(torch.cat(samples), torch.cat(base), torch.cat(source) if source else None, f"change of {read.name}",
+                   model=model)
 
 
 def patching_scores(model, task: Task, direction: str = "noising", positions: str | Sequence[str] = "all",

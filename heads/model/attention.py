@@ -105,6 +105,16 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 
 
 @contextmanager
+def _computed_by(module: torch.nn.Module, name: str) -> Iterator[None]:
+    """While it lasts, the model takes another attention function."""
+    module.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(NAME)
+
+
+@contextmanager
 def watched(module: torch.nn.Module, see: Callable) -> Iterator[None]:
     """While it lasts, `see(query, key, value, scaling, z)` is told of every attention call of this model, in order."""
 
@@ -115,21 +125,15 @@ def watched(module: torch.nn.Module, see: Callable) -> Iterator[None]:
 
     AttentionInterface.register("heads-watched", watching)
     AttentionMaskInterface.register("heads-watched", sdpa_mask)
-    module.set_attn_implementation("heads-watched")
-    try:
+    with _computed_by(module, "heads-watched"):
         yield
-    finally:
-        module.set_attn_implementation(NAME)
 
 
 @torch.no_grad()
 def plain_logits(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits of one whole forward with transformers' own eager attention: nothing of ours takes part in it."""
-    module.set_attn_implementation("eager")
-    try:
+    with _computed_by(module, "eager"):
         return module(input_ids=ids).logits
-    finally:
-        module.set_attn_implementation(NAME)
 
 
 AttentionInterface.register(NAME, attention)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from heads.model.zoo import RECORD, ZOO, home, sha256
+from heads.names import replacing
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -56,10 +55,9 @@ def digest(file: Path) -> str:
     value = sha256(file)
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=store.parent, delete=False, encoding="utf-8") as aside:
-            still = {file: kept for file, kept in found.items() if Path(file).exists()}
-            json.dump({**still, key: [*state, value]}, aside)
-        os.replace(aside.name, store)
+        still = {file: kept for file, kept in found.items() if Path(file).exists()}
+        with replacing(store) as aside:
+            aside.write_text(json.dumps({**still, key: [*state, value]}), encoding="utf-8")
     except OSError:  # a cache that cannot be written: computed again next time
         pass
     return value

@@ -125,6 +125,11 @@ def head_outputs(model, layer: int, z: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...hd,hdm->...hm", z, weight)
 
 
+def _caller(model, layer: int) -> nn.Module:
+    """The module whose forward makes a layer's attention call: it holds queries, keys, values and their norms."""
+    return model.layers[layer].attn._module.get_submodule(row_of(model).call)  # "" is the attention itself
+
+
 def parts(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     """Where a layer keeps its heads: "q", "k", "v", "o" -> (module, features `[head or kv_head, d_head]` of its output;
     for "o" of its input).
@@ -132,9 +137,7 @@ def parts(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     Raises:
         ValueError: if the layer is not laid out as its family's row says.
     """
-    anatomy, row = model.anatomy, row_of(model)
-    attn = model.layers[layer].attn._module
-    caller = attn.get_submodule(row.call) if row.call else attn
+    anatomy, row, caller = model.anatomy, row_of(model), _caller(model, layer)
     n, n_kv, d = anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head
     counts = (n, n_kv, n_kv)
     if missing := [name for name in row.qkv if not hasattr(caller, name)]:
@@ -150,7 +153,7 @@ def parts(model, layer: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     if sum(weight_of(module).shape[1] for module in modules) != sum(counts) * d:
         raise ValueError(f"layer {layer} of a {anatomy.family} model: q, k and v are not {counts} heads of {d}")
     found = dict(zip("qkv", zip(modules if len(modules) == 3 else modules * 3, blocks)))
-    return {**found, "o": (attn.get_submodule(row.proj), torch.arange(n * d).view(n, d))}
+    return {**found, "o": (projection(model, layer), torch.arange(n * d).view(n, d))}
 
 
 def project(model, layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -214,9 +217,8 @@ def norm(module: nn.Module) -> Norm:
 
 def qk_norms(model, layer: int) -> tuple[nn.Module, nn.Module] | None:
     """The norms of a layer's queries and keys, where there are any."""
-    row, attn = row_of(model), model.layers[layer].attn._module
-    caller = attn.get_submodule(row.call) if row.call else attn
-    return tuple(getattr(caller, name) for name in row.qk_norms) if hasattr(caller, row.qk_norms[0]) else None
+    caller, names = _caller(model, layer), row_of(model).qk_norms
+    return tuple(getattr(caller, name) for name in names) if hasattr(caller, names[0]) else None
 
 
 def qk_fold(model, layer: int) -> torch.Tensor:
@@ -229,9 +231,7 @@ def qk_fold(model, layer: int) -> torch.Tensor:
 
 def qk_scale(model, layer: int) -> float:
     """The factor of attention logits."""
-    row, attn = row_of(model), model.layers[layer].attn._module
-    caller = attn.get_submodule(row.call) if row.call else attn
-    return getattr(caller, "scaling", None) or model.anatomy.d_head**-0.5
+    return getattr(_caller(model, layer), "scaling", None) or model.anatomy.d_head**-0.5
 
 
 def input_norm(model, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
