@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
@@ -20,8 +21,8 @@ from heads.model import zoo
 from heads.names import said
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__,
-                  epilog="An error is one sentence; --debug, anywhere, shows where it came from. --version says which heads.")  # fmt: skip
-PAPER = "Slug or number, as `heads list` shows them."
+                  epilog="An error is one sentence; --debug, anywhere, shows where. --version says which.")  # fmt: skip
+_paper = partial(typer.Argument, metavar="PAPER", help="Slug or number, as `heads list` shows them.")
 out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
@@ -95,21 +96,20 @@ def list_(
         facts = ("number", "slug", "title", "part", "state")
         rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": claims(p.slug)} for p in papers.papers()]
         print(json.dumps(rows, indent=1))
-    elif not out.is_terminal:
-        print(*listing(120), sep="\n")
     else:
-        linked = [Text(line) for line in listing(out.width)]
-        for paper, text in zip(papers.papers(), linked[1:]):
-            if paper.arxiv:  # its title is a link
-                text.highlight_regex(rf"(?<={paper.slug}  ) *\S.*?(?=  |$)", f"link https://arxiv.org/abs/{paper.arxiv}")
-        out.print(*linked, sep="\n", soft_wrap=True)
+        lines = [Text(line) for line in listing(out.width if out.is_terminal else 120)]
+        start, end = map(lines[0].plain.index, ("title", "verdicts"))
+        for paper, line in zip(papers.papers(), lines[1:]):
+            link = f"link https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
+            line.stylize(link, start, len(line.plain[:end].rstrip()))  # where it ends, shortened or not
+        out.print(*lines, sep="\n", soft_wrap=True)
 
 
 def listing(width: int) -> list[str]:
     """One line for each paper, of at most `width` columns: only titles are shortened, and never below eight columns."""
     rows = [("", "paper", "title", "verdicts")]
     for p in papers.papers():
-        rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untested") or p.state))
+        rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untried") or p.state))
     number, slug, title, verdict = (max(map(len, column)) for column in zip(*rows))
     title = max(8, min(title, width - number - slug - verdict - 6))
     rows = [(n, s, t if len(t) <= title else t[: title - 1].rstrip() + "…", v) for n, s, t, v in rows]
@@ -117,7 +117,7 @@ def listing(width: int) -> list[str]:
 
 
 @app.command()
-def info(slug: Annotated[str, typer.Argument(metavar="PAPER", help=PAPER, autocompletion=completion.any_paper)]) -> None:
+def info(slug: Annotated[str, _paper(autocompletion=completion.any_paper)]) -> None:
     """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
     paper, record = papers.paper(slug), papers.verdicts(slug) and papers.result(slug)
     out.print(f"{paper.number} · {paper.title}", style="bold")
@@ -141,7 +141,7 @@ def info(slug: Annotated[str, typer.Argument(metavar="PAPER", help=PAPER, autoco
 
 @app.command()
 def run(
-    slugs: Annotated[Optional[list[str]], typer.Argument(metavar="PAPER...", help=PAPER, autocompletion=completion.ready_paper)] = None,
+    slugs: Annotated[Optional[list[str]], _paper(metavar="PAPER...", autocompletion=completion.ready_paper)] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every ready paper.")] = False,
     p: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", autocompletion=completion.parameter,
                                                    help="A parameter; may be repeated.")] = None,
@@ -170,8 +170,8 @@ def run(
             else:
                 done = runs.run(slug, None, chosen[slug])
                 smoke = "smoke" in (preset, papers.preset_of(slug, chosen[slug]))
-                verdicts = ", ".join(f"{k} {v}" for k, v in done.verdicts.items())
-                print(f"{name}: {done.seconds:.0f} s; {'smoke, no verdicts on the paper: ' * smoke}{verdicts}")
+                print(f"{name}: {done.seconds:.0f} s; {'smoke, no verdicts on the paper: ' * smoke}"
+                      + ", ".join(f"{k} {v}" for k, v in done.verdicts.items()))  # fmt: skip
         except RuntimeError as error:
             print(f"{name}: failed: {error}", file=sys.stderr)
             failed += 1
@@ -180,7 +180,7 @@ def run(
 
 @app.command("open")
 def open_(
-    slug: Annotated[str, typer.Argument(metavar="PAPER", help=PAPER, autocompletion=completion.ready_paper)],
+    slug: Annotated[str, _paper(autocompletion=completion.ready_paper)],
     options: Annotated[Optional[list[str]], typer.Argument(metavar="[-- OPTION...]", help="Options for Lab.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Put an earlier copy aside, take a new one.")] = False,
     no_lab: Annotated[bool, typer.Option("--no-lab", help="Only say where the copy is.")] = False,
@@ -189,9 +189,7 @@ def open_(
     and its figures: the copy draws into figures/ beside it."""
     from heads.course import copies
 
-    copy, aside = copies.copied(slug, fresh)
-    if aside:
-        print(f"heads: your earlier copy is now {aside.name}", file=sys.stderr)
+    copy = copies.copied(slug, fresh)
     print(copy, flush=True)
     if not no_lab:
         raise typer.Exit(copies.lab(copy, options or []))

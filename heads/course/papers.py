@@ -100,8 +100,8 @@ def paper(slug: str) -> Paper:
         return numbers.get(slug) or found[slug]
     end = f"`heads list` shows all {len(found)}."  # not here: it shows them better
     if slug.isdecimal():
-        near = sorted(numbers, key=lambda number: abs(int(number) - int(slug)))[:2]
-        raise LookupError(f"no paper {slug}. The nearest: {', '.join(f'{n} {numbers[n].slug}' for n in sorted(near))}. {end}")
+        near = sorted(sorted(numbers, key=lambda number: abs(int(number) - int(slug)))[:2])
+        raise LookupError(f"no paper {slug}. The nearest: {', '.join(f'{n} {numbers[n].slug}' for n in near)}. {end}")
     raise LookupError(f"no paper {slug!r}{nearest(slug, found)} {end}")
 
 
