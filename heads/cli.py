@@ -7,22 +7,29 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from heads.course import papers
+from heads.course import completion, papers
 from heads.model import zoo
+from heads.names import said
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__,
-                  epilog="An error is one sentence; --debug, anywhere, shows where it came from.")  # fmt: skip
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__,
+                  epilog="An error is one sentence; --debug, anywhere, shows where. --version says which.")  # fmt: skip
+_paper = partial(typer.Argument, metavar="PAPER", help="Slug or number, as `heads list` shows them.")
 out = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def main() -> None:
     """Entry point: whatever goes wrong is one sentence, without a traceback unless --debug asks for it."""
+    if sys.argv[1:] == ["--version"]:
+        return print(f"heads {version('heads')}")
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     for stream in (sys.stdout, sys.stderr):
@@ -30,7 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends, too
     try:
         try:
-            app(standalone_mode=True)
+            app(prog_name="heads")
         finally:
             sys.stdout.flush()
     except SystemExit as stopped:
@@ -40,27 +47,11 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+        if not isinstance(error, BrokenPipeError) and "_HEADS_COMPLETE" not in os.environ:  # who reads has seen enough
             print(f"heads: {said(error)}", file=sys.stderr)
         with suppress(OSError):  # where stdout is a full disk, it still holds what can be written nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130 if isinstance(error, InterruptedError) else 2)
-
-
-def said(error: Exception) -> str:
-    """An error in one sentence that names its cure."""
-    # str() of a KeyError is a repr, and args[0] of an OSError from the system is a number
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
-        return "out of memory: try smaller sizes or a smaller model"
-    if type(error).__name__ == "SafetensorError":
-        return f"a file of weights is damaged ({text}): fetch or copy the model again"
-    if isinstance(error, OSError):
-        folders = {name: os.environ.get(name) for name in ("HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS")}
-        named = [f"{name} is {set_!r}" for name, set_ in folders.items() if set_ and set_ in str(error.filename)]
-        return text + (f" ({named[0]}: name a folder that can be written)" if named else "")
-    expected = isinstance(error, (LookupError, TypeError, ValueError, RuntimeError))
-    return text if expected and text else f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def claims(slug: str) -> dict[str, str]:
@@ -106,14 +97,19 @@ def list_(
         rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": claims(p.slug)} for p in papers.papers()]
         print(json.dumps(rows, indent=1))
     else:
-        print(*listing(out.width if sys.stdout.isatty() else 120), sep="\n")
+        lines = [Text(line) for line in listing(out.width if out.is_terminal else 120)]
+        start, end = map(lines[0].plain.index, ("title", "verdicts"))
+        for paper, line in zip(papers.papers(), lines[1:]):
+            link = f"link https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
+            line.stylize(link, start, len(line.plain[:end].rstrip()))  # where it ends, shortened or not
+        out.print(*lines, sep="\n", soft_wrap=True)
 
 
 def listing(width: int) -> list[str]:
     """One line for each paper, of at most `width` columns: only titles are shortened, and never below eight columns."""
     rows = [("", "paper", "title", "verdicts")]
     for p in papers.papers():
-        rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untested") or p.state))
+        rows.append((str(p.number), p.slug, p.title, verdicts(p.slug).replace("not tested here", "untried") or p.state))
     number, slug, title, verdict = (max(map(len, column)) for column in zip(*rows))
     title = max(8, min(title, width - number - slug - verdict - 6))
     rows = [(n, s, t if len(t) <= title else t[: title - 1].rstrip() + "…", v) for n, s, t, v in rows]
@@ -121,7 +117,7 @@ def listing(width: int) -> list[str]:
 
 
 @app.command()
-def info(slug: str) -> None:
+def info(slug: Annotated[str, _paper(autocompletion=completion.any_paper)]) -> None:
     """One paper: its question, its claims with the paper's numbers and those measured here, its parameters."""
     paper, record = papers.paper(slug), papers.verdicts(slug) and papers.result(slug)
     out.print(f"{paper.number} · {paper.title}", style="bold")
@@ -145,10 +141,12 @@ def info(slug: str) -> None:
 
 @app.command()
 def run(
-    slugs: Annotated[Optional[list[str]], typer.Argument(metavar="SLUG...", help="Papers to run.")] = None,
+    slugs: Annotated[Optional[list[str]], _paper(metavar="PAPER...", autocompletion=completion.ready_paper)] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every ready paper.")] = False,
-    p: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", help="A parameter; may be repeated.")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="A named set of parameters, such as smoke or paper.")] = None,
+    p: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME=VALUE", autocompletion=completion.parameter,
+                                                   help="A parameter; may be repeated.")] = None,
+    preset: Annotated[Optional[str], typer.Option(autocompletion=completion.preset,
+                                                  help="A named set of parameters, such as smoke or paper.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Short for -p model=...")] = None,
     device: Annotated[Optional[str], typer.Option(help="Short for -p device=...")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebook, with its defaults.")] = False,
@@ -158,23 +156,43 @@ def run(
 
     if bool(slugs) == all_:
         raise ValueError("name the papers to run, or say --all (and not both)")
-    slugs = slugs or [paper.slug for paper in papers.papers() if paper.state == "ready"]
+    slugs = [papers.paper(s).slug for s in slugs or [p.slug for p in papers.papers() if p.state == "ready"]]
     values = dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
     if refresh and (values or preset is not None):
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
     chosen = {s: runs.plan(s, preset, papers.read(s, values)) for s in slugs}  # before the first starts
     failed = 0
     for slug in slugs:
+        name = f"{papers.paper(slug).number} {slug}"
         try:
             if refresh:
-                print(f"{slug}: renewed {runs.refresh(slug).name}")
+                print(f"{name}: renewed {runs.refresh(slug).name}")
             else:
                 done = runs.run(slug, None, chosen[slug])
-                print(f"{slug}: {done.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in done.verdicts.items()))
+                smoke = "smoke" in (preset, papers.preset_of(slug, chosen[slug]))
+                print(f"{name}: {done.seconds:.0f} s; {'smoke, no verdicts on the paper: ' * smoke}"
+                      + ", ".join(f"{k} {v}" for k, v in done.verdicts.items()))  # fmt: skip
         except RuntimeError as error:
-            print(f"{slug}: failed: {error}", file=sys.stderr)
+            print(f"{name}: failed: {error}", file=sys.stderr)
             failed += 1
     raise typer.Exit(failed)
+
+
+@app.command("open")
+def open_(
+    slug: Annotated[str, _paper(autocompletion=completion.ready_paper)],
+    options: Annotated[Optional[list[str]], typer.Argument(metavar="[-- OPTION...]", help="Options for Lab.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Put an earlier copy aside, take a new one.")] = False,
+    no_lab: Annotated[bool, typer.Option("--no-lab", help="Only say where the copy is.")] = False,
+) -> None:
+    """A copy of a notebook to try things on, in JupyterLab. It is kept, with your edits, and so are the committed notebook
+    and its figures: the copy draws into figures/ beside it."""
+    from heads.course import copies
+
+    copy = copies.copied(slug, fresh)
+    print(copy, flush=True)
+    if not no_lab:
+        raise typer.Exit(copies.lab(copy, options or []))
 
 
 def _assignment(text: str) -> tuple[str, str]:

@@ -34,6 +34,24 @@ def root() -> Path:
     return folder
 
 
+def said(error: Exception) -> str:
+    """An error in one sentence that names its cure."""
+    # str() of a KeyError is a repr, and args[0] of an OSError from the system is a number
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+        return "out of memory: try smaller sizes or a smaller model"
+    if type(error).__name__ == "SafetensorError":
+        return f"a file of weights is damaged ({text}): fetch or copy the model again"
+    if isinstance(error, OSError):
+        folders = {name: os.environ.get(name) for name in ("HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS")}
+        named = [f"{name} is {set_!r}" for name, set_ in folders.items() if set_ and set_ in str(error.filename)]
+        if not named and {"runs", "figures"} & set(Path(str(error.filename)).parts):
+            named = ["set HEADS_RUNS and HEADS_FIGURES"]
+        return text + (f" ({named[0]}: name a folder that can be written)" if named else "")
+    expected = isinstance(error, (LookupError, TypeError, ValueError, RuntimeError))
+    return text if expected and text else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
 READ: set[str] = set()  # files of data/ that this process has read: a study's digest covers them
 
 

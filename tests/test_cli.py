@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -17,7 +19,7 @@ from conftest import tiny
 from toys import toy_notebook
 
 from heads import cli
-from heads.course import papers, runs
+from heads.course import copies, papers, runs
 from heads.scores import HeadScores
 
 
@@ -99,19 +101,47 @@ def test_a_title_cannot_break_the_table(result, monkeypatch):
     assert "[\\|r\\| &lt;b>](" in line and "| Q &amp; A? B? |" in line and line.count("|") == 7
 
 
+@POSIX
+def test_on_a_terminal_a_title_links_to_its_paper(result):
+    """And nowhere else: what is piped is plain text."""
+    import pty
+
+    parent, child = pty.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    subprocess.run([sys.executable, "-m", "heads", "list"], stdout=child, env=env)
+    os.close(child)
+    seen = os.read(parent, 10_000).decode()
+    os.close(parent)
+    link = r"\x1b]8;[^;]*;https://arxiv.org/abs/2401.00001\x1b\\(.*?)\x1b]8;;\x1b\\"
+    assert re.findall(link, seen) == ["Toy-Paper", "Far-Paper"] and "\x1b" not in heads("list")[1]
+
+
+def test_the_version():
+    assert heads("--version") == (0, f"heads {version('heads')}\n", "") and "--version" in heads("--help")[1]
+
+
 def test_info_shows_both_numbers_and_the_parameters(result):
     status, out, _ = heads("info", "toy-paper")
     assert status == 0
     assert "Does it?" in out and "the paper: 0.9 (Fig 1)" in out and "here: r 0.95, heads 3: holds" in out
     assert "size = 3  # how many samples" in out and "smoke, paper" in out
-    status, out, _ = heads("info", "far-paper")
-    assert status == 0 and "no notebook yet" in out
+    assert heads("info", "11")[1] == out
+    status, out, _ = heads("info", "12")
+    assert status == 0 and "no notebook yet" in out and out == heads("info", "far-paper")[1]
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["info", "toy-papre"], "Did you mean 'toy-paper'"),
+        (["info", "13"], "no paper 13. The nearest: 11 toy-paper, 12 far-paper. `heads list` shows all 2."),
+        (["info", "0x11"], "no paper '0x11'. `heads list`"),
+        (["run", "1"], "no paper 1. The nearest: 11 toy-paper"),
+        (["run", "11", "-p", "sise=3"], "toy-paper has no parameter 'sise'. Did you mean 'size'"),
+        (["run", "11", "12"], "far-paper has no notebook yet (planned)"),
+        (["open", "12", "--no-lab"], "far-paper has no notebook yet (planned)"),
+        (["open", "13", "--no-lab"], "no paper 13"),
+        (["open", "toy-papre"], "Did you mean 'toy-paper'"),
         (["run", "toy-papre"], "Did you mean 'toy-paper'"),
         (["run", "far-paper"], "no notebook yet"),
         (["run", "toy-paper", "-p", "sise=3"], "Did you mean 'size'"),
@@ -338,10 +368,116 @@ def test_doctor_and_fetch_name_a_cache_that_cannot_be_used(tree, bad):
 
 
 def test_a_run_ends_with_its_verdicts(tree):
-    status, out, err = heads("run", "toy-paper", "--preset", "smoke")
-    assert status == 0 and "C1 holds, C2 not tested here" in out
+    status, out, err = heads("run", "11", "--preset", "smoke")
+    said = r"11 toy-paper: \d+ s; smoke, no verdicts on the paper: C1 holds, C2 not tested here\n"
+    assert status == 0 and re.fullmatch(said, out)
     assert (tree / "runs" / "toy-paper-smoke" / "figures" / "result.json").is_file()
     assert "Traceback" not in err and "\r" not in err, "no bar where there is no terminal"
+
+
+def test_only_a_smoke_run_says_so(monkeypatch, capsys, tree):
+    """Parameters that equal the preset are the preset; beside it, others may stand."""
+    monkeypatch.setattr(runs, "run", lambda *_: runs.Outcome(1.2, tree, {"C1": "fails"}))
+    for words, smoke in (([], False), (["--preset", "paper"], False), (["-p", "size=1"], True),
+                         (["--preset", "smoke", "-p", "size=2"], True)):  # fmt: skip
+        status, out, _ = called(monkeypatch, capsys, "run", "toy-paper", *words)
+        assert status == 0 and out == f"11 toy-paper: 1 s; {'smoke, no verdicts on the paper: ' * smoke}C1 fails\n"
+
+
+# ---- a copy to try things on ----------------------------------------------------------------
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    """How JupyterLab would have been called: [(words, environment)]; it ends with status 3."""
+    found = []
+    monkeypatch.setattr(copies.subprocess, "call", lambda words, env: found.append((words, env)) or 3)
+    return found
+
+
+def test_open_copies_a_notebook_once_and_keeps_what_was_written(tree, monkeypatch, capsys):
+    source, copy = papers.notebook("toy-paper"), tree / "runs" / "open" / "11_toy_paper.ipynb"
+    before = source.read_bytes()
+    assert called(monkeypatch, capsys, "open", "11", "--no-lab") == (0, f"{copy}\n", "")
+    assert copy.read_bytes() == before
+    copy.write_text("mine", encoding="utf-8")
+    assert called(monkeypatch, capsys, "open", "toy-paper", "--no-lab") == (0, f"{copy}\n", "")
+    assert copy.read_text(encoding="utf-8") == "mine"
+    for n in (1, 2):
+        status, out, err = called(monkeypatch, capsys, "open", "11", "--fresh", "--no-lab")
+        assert (status, out, err) == (0, f"{copy}\n", f"heads: your earlier copy is now 11_toy_paper-{n}.ipynb\n")
+    assert copy.read_bytes() == source.read_bytes() == before
+    assert copy.with_name("11_toy_paper-1.ipynb").read_text(encoding="utf-8") == "mine"
+    assert len(list(copy.parent.iterdir())) == 3
+
+
+def test_fresh_without_a_copy_is_a_copy(tree, monkeypatch, capsys):
+    monkeypatch.setenv("HEADS_RUNS", "elsewhere")
+    monkeypatch.chdir(tree)
+    copy = tree / "elsewhere" / "open" / "11_toy_paper.ipynb"
+    assert called(monkeypatch, capsys, "open", "11", "--fresh", "--no-lab") == (0, f"{copy}\n", "")
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_open_ends_as_lab_ends(tree, lab, monkeypatch, capsys):
+    monkeypatch.setenv("HEADS_RUNS", "elsewhere")
+    monkeypatch.chdir(tree)
+    handler = signal.getsignal(signal.SIGINT)
+    status, out, _ = called(monkeypatch, capsys, "open", "11", "--", "--no-browser", "--port", "9")
+    [(words, env)] = lab
+    assert status == 3 and words == [sys.executable, "-m", "jupyterlab", out.strip(), "--no-browser", "--port", "9"]
+    assert env["HEADS_RUNS"] == str(tree / "elsewhere"), "the kernel runs elsewhere"
+    assert env["JUPYTER_PATH"].startswith(str(Path(sys.prefix))) and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_without_lab_the_cure_is_named(tree, lab, monkeypatch, capsys):
+    monkeypatch.setattr(copies, "find_spec", lambda name: None)
+    status, out, err = called(monkeypatch, capsys, "open", "11")
+    assert status == 2 and "pip install" in err and "--no-lab" in err and Path(out.strip()).is_file() and not lab
+
+
+def test_a_folder_that_cannot_be_written_is_named(tree, monkeypatch, capsys):
+    (tree / "runs").write_text("", encoding="utf-8")  # in place of a folder: root may write anywhere
+    status, out, err = called(monkeypatch, capsys, "open", "11", "--no-lab")
+    assert status == 2 and out == "" and err.count("\n") == 1 and "set HEADS_RUNS" in err and str(tree / "runs") in err
+    monkeypatch.setenv("HEADS_RUNS", str(tree / "runs"))
+    status, out, err = called(monkeypatch, capsys, "open", "11", "--no-lab")
+    assert status == 2 and f"(HEADS_RUNS is '{tree / 'runs'}'" in err
+
+
+def test_a_copy_draws_beside_itself_whoever_opens_it(tree):
+    """A default run of it, and one with other parameters, in whatever starts a kernel in its folder."""
+    copy = copies.copied("toy-paper")
+    other = copy.with_stem("other")
+    book = nbformat.read(copy, as_version=4)
+    book.cells[1].source = book.cells[1].source.replace("size = 3", "size = 1")
+    nbformat.write(book, other)
+    for path in (copy, other):
+        runs._execute(path, None)
+    drawn = {path.relative_to(tree).as_posix() for path in tree.rglob("result.json")}
+    assert drawn == {f"runs/open/figures/{name}/result.json" for name in ("toy-paper", "toy-paper-smoke")}
+
+
+# ---- TAB ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, offered", [
+    ("heads open ", "toy-paper"), ("heads info ", "toy-paper far-paper"), ("heads info 1", "11 12"), ("heads run 1", "11"),
+    ("heads run far", ""), ("heads run toy-paper --preset ", "smoke paper"), ("heads run 11 --preset s", "smoke"),
+    ("heads run --preset ", ""), ("heads run 11 -p na", "names= names=a,b"), ("heads run toy-paper -p r", "rate= rate=0.5"),
+    ("heads run 12 -p na", ""), ("heads run zzz -p na", ""), ("heads op", "open"),
+])  # fmt: skip
+def test_the_shell_completes(tree, monkeypatch, capsys, words, offered):
+    monkeypatch.setenv("_HEADS_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    status, out, err = called(monkeypatch, capsys)
+    assert status == 0 and out.split() == offered.split() and err == ""
+
+
+def test_outside_a_clone_tab_says_nothing(tmp_path):
+    where = {"HEADS_ROOT": str(tmp_path), "_HEADS_COMPLETE": "complete_bash", "COMP_WORDS": "heads run ", "COMP_CWORD": "2"}
+    assert heads(**where)[1:] == ("", "")
 
 
 def test_the_exit_status_counts_failures(tree):

@@ -191,6 +191,36 @@ def test_the_kernel_is_quiet_and_speaks_over_sockets_of_its_own(tree, capfd, mon
         assert "TCP" not in capfd.readouterr().err
 
 
+def test_a_section_is_the_nearest_heading_above():
+    cells = [
+        {"cell_type": kind, "source": text}
+        for kind, text in [("code", "# no heading"), ("markdown", "# 1 · Toy\n\ntext\n\n## C1 · " + "x" * 40), ("code", "y"),
+                           ("markdown", "prose, and #no heading"), ("code", "# a comment"), ("markdown", "### Last ")]
+    ]  # fmt: skip
+    long = "C1 · " + "x" * 30 + "…"
+    assert [run.section(cells, n) for n in range(6)] == ["", long, long, long, long, "Last"] and len(long) == 36
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal as POSIX has it")
+def test_on_a_terminal_the_bar_names_the_section(tree):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    book = bare("1", "2")
+    book.cells[2].source = "## C1 · Rare"
+    nbformat.write(book, papers.notebook("toy-paper"))
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run([sys.executable, "-c", "from heads.course import runs; runs.run('toy-paper')"], stderr=child)
+    os.close(child)
+    seen = os.read(parent, 10_000).decode()
+    os.close(parent)
+    assert "11_toy_paper  A toy  " in seen and "11_toy_paper  C1 · Rare  " in seen
+    assert all(len(line) <= 80 for line in seen.replace("\x1b[A", "").replace("\n", "\r").split("\r") if "[" in line)
+
+
 # ---- the committed notebook ---------------------------------------------------------------
 
 

@@ -94,16 +94,22 @@ def papers() -> list[Paper]:
 
 
 def paper(slug: str) -> Paper:
-    """The paper with this slug. Raises LookupError with the nearest slugs."""
+    """The paper with this slug or number ("42"). Raises LookupError with the nearest slugs or numbers."""
     found = {p.slug: p for p in papers()}
-    if slug not in found:  # not all 34 in the message: `heads list` shows them better
-        raise LookupError(f"no paper {slug!r}{nearest(slug, found)} `heads list` shows all {len(found)}.")
-    return found[slug]
+    numbers = {str(p.number): p for p in found.values()}
+    if slug in numbers or slug in found:
+        return numbers.get(slug) or found[slug]
+    end = f"`heads list` shows all {len(found)}."  # not here: it shows them better
+    if slug.isdecimal():
+        near = sorted(sorted(numbers, key=lambda number: abs(int(number) - int(slug)))[:2])
+        raise LookupError(f"no paper {slug}. The nearest: {', '.join(f'{n} {numbers[n].slug}' for n in near)}. {end}")
+    raise LookupError(f"no paper {slug!r}{nearest(slug, found)} {end}")
 
 
 def notebook(slug: str) -> Path:
     """Where the paper's notebook is, or will be: notebooks/NN_slug_with_underscores.ipynb."""
-    return root() / "notebooks" / f"{paper(slug).number}_{slug.replace('-', '_')}.ipynb"
+    found = paper(slug)
+    return root() / "notebooks" / f"{found.number}_{found.slug.replace('-', '_')}.ipynb"
 
 
 def result(slug: str, folder: Path | None = None) -> dict | None:
@@ -307,21 +313,36 @@ def run_name(slug: str, values: dict) -> str:
     if name == "custom":
         canonical = json.dumps(_complete(slug, values), sort_keys=True)
         name = hashlib.sha256(canonical.encode()).hexdigest()[:10]
-    return f"{slug}-{name}"
+    return f"{paper(slug).slug}-{name}"
 
 
 def run_folder(slug: str, values: dict) -> Path:
-    """The ignored folder runs/<run name> of the repository, or of HEADS_RUNS, for the executed copy of a notebook."""
-    return Path(os.environ.get("HEADS_RUNS") or root() / "runs") / run_name(slug, values)
+    """The folder runs/<run name> for the executed copy of a notebook."""
+    return runs_root() / run_name(slug, values)
 
 
-def figures_folder(slug: str, values: dict) -> Path:
+def runs_root() -> Path:
+    """Where executed and opened copies are: the ignored runs/ of the repository, or the variable HEADS_RUNS."""
+    return Path(os.environ.get("HEADS_RUNS") or root() / "runs")
+
+
+def opened() -> Path:
+    """The folder of the copies that `heads open` makes."""
+    return runs_root() / "open"
+
+
+def figures_folder(slug: str, values: dict, where: Path | None = None) -> Path:
     """Where a run with these parameters publishes its figures and result.json.
 
-    Only a default run goes to figures/<slug>; any other stays in its run folder, or, where
-    HEADS_FIGURES is set, in a folder of its own below that.
+    Only a default run goes to figures/<slug>; any other stays in its run folder. Where HEADS_FIGURES is set, each has
+    a folder below that; and so, below figures/ beside it, has a copy that `heads open` made, whoever opens it.
+
+    Args:
+        where: the folder in which the notebook runs, by default that of this process.
     """
+    copy = (where or Path.cwd()).resolve() == opened().resolve()
+    aside = Path(os.environ.get("HEADS_FIGURES") or opened() / "figures")
     if preset_of(slug, values) == "default":
-        return figures_root() / slug
-    aside = os.environ.get("HEADS_FIGURES")
-    return figures_root() / run_name(slug, values) if aside else run_folder(slug, values) / "figures"
+        return (aside if copy else figures_root()) / paper(slug).slug
+    apart = copy or os.environ.get("HEADS_FIGURES")
+    return aside / run_name(slug, values) if apart else run_folder(slug, values) / "figures"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -84,7 +85,8 @@ def run(slug: str, preset: str | None = None, values: dict | None = None) -> Out
             failed = error
     if failed:
         raise RuntimeError(f"{failed}\nThe executed copy, up to there, is {os.path.relpath(out)}")
-    return Outcome(time.monotonic() - start, out, papers.verdicts(slug, papers.figures_folder(slug, chosen)))
+    figures = papers.figures_folder(slug, chosen, papers.notebook(slug).parent)
+    return Outcome(time.monotonic() - start, out, papers.verdicts(slug, figures))
 
 
 def refresh(slug: str) -> Path:
@@ -133,21 +135,50 @@ def _execute(source: Path, out: Path | None, **options) -> NotebookNode:
 
     where = f"executed copy in {os.path.relpath(out.parent)}" if out else "in a fresh kernel"
     print(f"{source.stem}: {len(papers.code_cells(source))} cells, {where}", file=sys.stderr)
-    own = str(Path(sys.prefix) / "share" / "jupyter")  # python3 is this interpreter, whatever lies in the user's home
-    path = os.pathsep.join(filter(None, [own, os.environ.get("JUPYTER_PATH")]))
-    folders = (name for name in ("HEADS_ROOT", "HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS") if os.environ.get(name))
-    whole = {name: str(Path(os.environ[name]).expanduser().absolute()) for name in folders}
+    bar = {"desc": source.stem, "dynamic_ncols": True, "bar_format": "{desc}{n_fmt}/{total_fmt} [{elapsed}] {bar:12}"}
     try:
-        with patch.dict(os.environ, whole, JUPYTER_PATH=path), _private() as manager:
+        with patch.dict(os.environ, environment()), _private() as manager, _told(source.stem):
             return papermill.execute_notebook(
                 source.absolute(), out, cwd=source.absolute().parent, kernel_name="python3", coalesce_streams=True,
-                log_output=False, progress_bar=sys.stderr.isatty() and {"desc": source.stem}, kernel_manager_class=manager,
+                log_output=False, progress_bar=sys.stderr.isatty() and bar, kernel_manager_class=manager,
                 extra_arguments=["--log-level=CRITICAL"], **options,
             )  # fmt: skip
     except papermill.PapermillExecutionError as failed:
         raise RuntimeError(f"cell {failed.exec_count}: {failed.ename}: {failed.evalue}") from None
     except DeadKernelError:
         raise RuntimeError("the kernel died, most often for want of memory: try smaller sizes or a smaller model") from None
+
+
+def environment() -> dict[str, str]:
+    """The environment of a kernel, which runs in the folder of its notebook: folders by their whole names, and python3 is
+    this interpreter, whatever lies in the user's home."""
+    path = os.pathsep.join(filter(None, [str(Path(sys.prefix) / "share" / "jupyter"), os.environ.get("JUPYTER_PATH")]))
+    folders = (name for name in ("HEADS_ROOT", "HEADS_HOME", "HEADS_FIGURES", "HEADS_RUNS") if os.environ.get(name))
+    whole = {name: str(Path(os.environ[name]).expanduser().absolute()) for name in folders}
+    return os.environ | whole | {"JUPYTER_PATH": path}
+
+
+def section(cells: list, index: int, columns: int = 36) -> str:
+    """The nearest heading at or above a cell, cut to some columns; "" where there is none."""
+    above = "\n".join(cell["source"] for cell in cells[: index + 1] if cell["cell_type"] == "markdown")
+    found = ["", *re.findall(r"^#+ +(.+?)\s*$", above, re.M)][-1]
+    return found if len(found) <= columns else found[: columns - 1].rstrip() + "…"
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """While the block lasts, papermill's bar says which notebook and which section runs."""
+    from papermill.engines import NotebookExecutionManager as Manager
+
+    start = Manager.cell_start
+
+    def told(self, cell, cell_index=None, **more):
+        if self.pbar is not None and cell_index is not None:
+            self.pbar.set_description_str(f"{name}  {section(self.nb.cells, cell_index)}  ")
+        return start(self, cell, cell_index, **more)
+
+    with patch.object(Manager, "cell_start", told):
+        yield
 
 
 @contextmanager
