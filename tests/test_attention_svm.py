@@ -122,6 +122,17 @@ def test_a_step_is_the_gradient_of_the_loss_as_it_is_written():
     torch.testing.assert_close(W[1], expected)
 
 
+def test_the_loop_of_the_five_minutes_is_a_run_of_train():
+    book = types.SimpleNamespace(**run_cells(SLUG, "first", cp=cp, F=F, lr=0.1))
+    X, z, zero = book.tokens[None, None], book.query[None, None], torch.zeros(1, 2, 2).double()
+    _, W, rows = training.train(X, z, torch.ones(1, 1).double(), readout(book.right[None]), [zero], 500, notes=2)
+    np.testing.assert_allclose(W[-1, 0] @ book.query, book.arrows[-1], rtol=1e-3)
+    np.testing.assert_allclose(rows[-1, 0, 0], book.attended[-1], atol=1e-6)
+    machine = svm.frobenius(*svm.differences(X[0].numpy(), z[0].numpy(), np.array([book.winner])))
+    np.testing.assert_allclose(machine @ book.query.numpy(), book.margin, rtol=1e-4)
+    assert svm.cosine(book.arrows[-1], book.margin) > 0.99
+
+
 def test_the_direction_survives_a_gradient_below_the_rounding_error():
     """Without the leader taken out, normalising blows up noise: the cosine with the margin solution falls again."""
     X, z, Y, v, start = data(runs=4, n=3, T=4, d=6, seed=2)
