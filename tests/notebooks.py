@@ -83,11 +83,18 @@ def run(slug: str, nbval: bool, env: dict) -> tuple[bool, float, str]:
 
 
 WRONG_IS_SAID = """\
-for source in ({answer!r}, {check!r}):
-    found = get_ipython().run_cell(source, store_history=False, silent=False)
-error = found.error_in_exec
-if not isinstance(error, AssertionError) or {words!r} not in str(error):
-    raise RuntimeError(f"the check of a wrong answer said {{error!r}}, expected an AssertionError with the words " + {words!r})
+def _drill(answer, check, words):
+    shell, shown = get_ipython(), get_ipython().showtraceback
+    shell.showtraceback = lambda *args, **kwargs: None  # an error that is shown would stop the run
+    try:
+        shell.run_cell(answer)
+        error = shell.run_cell(check).error_in_exec
+    finally:
+        shell.showtraceback = shown
+    if not isinstance(error, AssertionError) or words not in str(error):
+        raise RuntimeError(f"the check of a wrong answer said {{error!r}}, expected an AssertionError with the words {{words!r}}")
+
+_drill({answer!r}, {check!r}, {words!r})
 """
 
 
