@@ -150,6 +150,7 @@ def run(
     model: Annotated[Optional[str], typer.Option(help="Short for -p model=...")] = None,
     device: Annotated[Optional[str], typer.Option(help="Short for -p device=...")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebook, with its defaults.")] = False,
+    elsewhere: Annotated[bool, typer.Option("--elsewhere", help="Keep the verdicts beside the default's.")] = False,
 ) -> None:
     """Execute notebooks through papermill. The exit status is the number of papers that failed."""
     from heads.course import runs
@@ -158,6 +159,8 @@ def run(
         raise ValueError("name the papers to run, or say --all (and not both)")
     slugs = [papers.paper(s).slug for s in slugs or [p.slug for p in papers.papers() if p.state == "ready"]]
     values = dict(map(_assignment, p or [])) | {k: v for k, v in (("model", model), ("device", device)) if v is not None}
+    if elsewhere and (refresh or preset is not None):
+        raise ValueError("--elsewhere keeps a run with other parameters: say which by -p, and leave --preset and --refresh away")
     if refresh and (values or preset is not None):
         raise ValueError("--refresh runs the defaults, which are what is committed: leave -p and --preset away")
     chosen = {s: runs.plan(s, preset, papers.read(s, values)) for s in slugs}  # before the first starts
@@ -167,6 +170,8 @@ def run(
         try:
             if refresh:
                 print(f"{name}: renewed {runs.refresh(slug).name}")
+            elif elsewhere:
+                print(f"{name}: kept in {os.path.relpath(runs.elsewhere(slug, chosen[slug]))}")
             else:
                 done = runs.run(slug, None, chosen[slug])
                 smoke = "smoke" in (preset, papers.preset_of(slug, chosen[slug]))
@@ -216,6 +221,7 @@ def score_documents(
     field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
     length: Annotated[Optional[int], typer.Option(help="Tokens of the longest piece of a document.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
+    derivative: Annotated[bool, typer.Option("--derivative", help="The scores' model was made into this one.")] = False,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Every n-th document only, from number i on.")] = "0/1",
 ) -> None:
     """Loss of every document, clean and with the best heads masked. Stopped, it goes on when started again."""
@@ -227,11 +233,9 @@ def score_documents(
     except ValueError:
         raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
     lab.source_of(documents, out_)  # what is cheap to check comes first
-    shape, conditions = _masks(scores, top, controls)
+    table, conditions = _masks(scores, top, controls)
     lm = load(model, device)
-    here = (lm.anatomy.n_layers, lm.anatomy.n_heads)
-    if shape != here:
-        raise ValueError(f"{scores} is of a model with {shape} (layers, heads), but {model} has {here}")
+    table.belongs_to(lm, derivative)
     try:
         done = lab.score_documents(
             lm, documents, out_, conditions, kind, text=field, length=length, tokens=tokens, shard=(i, n)
@@ -243,8 +247,8 @@ def score_documents(
         raise ValueError(f"nothing was scored: expected an object in each line, with a text in {field!r} (or say --field)")
 
 
-def _masks(path: str, top: float, controls: int) -> tuple[tuple[int, int], dict]:
-    """From a file of head scores: their (layers, heads), and the conditions "base", "masked" and "random 0", ..."""
+def _masks(path: str, top: float, controls: int) -> tuple:
+    """From a file of head scores: the scores, and the conditions "base", "masked" and "random 0", ..."""
     from heads.scores import HeadScores, random_heads
 
     if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
@@ -255,7 +259,7 @@ def _masks(path: str, top: float, controls: int) -> tuple[tuple[int, int], dict]
         raise ValueError(f"{path} holds no head scores: expected a file that HeadScores.save wrote") from None
     best = table.top(top if top < 1 else int(top))
     sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
-    return table.shape, {"base": [], "masked": best, **{f"random {k}": heads for k, heads in enumerate(sets)}}
+    return table, {"base": [], "masked": best, **{f"random {k}": heads for k, heads in enumerate(sets)}}
 
 
 @app.command()

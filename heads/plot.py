@@ -280,7 +280,7 @@ def _pictures(fig, draw, frames, dpi):
     chosen = [drawn[i] for i in np.linspace(0, len(drawn) - 1, 6).astype(int)]
     palette = Image.fromarray(np.vstack([np.asarray(picture) for picture in chosen])).quantize(64, dither=Image.Dither.NONE)
     colors = np.array(palette.getpalette()).reshape(-1, 3)
-    colors[colors.min(1) > 248] = 255  # the paper stays white
+    colors[colors.min(1) > 244] = 255  # the paper stays white
     palette.putpalette(colors.ravel().tolist())
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in drawn]
 

@@ -384,6 +384,16 @@ def test_only_a_smoke_run_says_so(monkeypatch, capsys, tree):
         assert status == 0 and out == f"11 toy-paper: 1 s; {'smoke, no verdicts on the paper: ' * smoke}C1 fails\n"
 
 
+def test_a_run_is_kept_as_one_of_elsewhere(monkeypatch, capsys, tree):
+    asked = []
+    monkeypatch.setattr(runs, "elsewhere", lambda *what: asked.append(what) or tree / "figures" / "elsewhere.json")
+    status, out, _ = called(monkeypatch, capsys, "run", "11", "-p", "seed=3", "--elsewhere")
+    assert status == 0 and asked == [("toy-paper", {"seed": 3})] and out.startswith("11 toy-paper: kept in ")
+    for words in (["--preset", "smoke"], ["--refresh"]):
+        status, _, error = called(monkeypatch, capsys, "run", "11", "--elsewhere", *words)
+        assert status == 2 and "--elsewhere keeps a run with other parameters" in error
+
+
 # ---- a copy to try things on ----------------------------------------------------------------
 
 

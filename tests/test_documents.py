@@ -447,8 +447,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         ("--shard one", "expected i/n"), ("--shard 2/2", "numbered from 0"), ("--top 0", "--top 0"),
         ("--top 2.5", "--top 2.5"), ("--controls -1", "--controls -1"), ("--scores in", "in holds no head scores"),
         ("--scores no", "'no'"),
-        ("--scores large", r"(6, 9) (layers, heads), but tiny-llama has (4, 4)"), ("--device cuda:9", "device='cuda:9'"),
-        ("--field body", "no field 'body': 2"), ("--model tiny-lama", "Did you mean 'tiny-llama'"),
+        ("--scores large", "(6, 9) (layers, heads), but tiny-llama"), ("--device cuda:9", "device='cuda:9'"),
+        ("--scores other", "was found in tiny-gpt2"), ("--field body", "no field 'body': 2"), ("--model tiny-lama", "Did you mean 'tiny-llama'"),
     ],
 )  # fmt: skip
 def test_the_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, options, message):
@@ -456,6 +456,7 @@ def test_the_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, opt
     write(tmp_path / "in", corpus(2))
     for name, shape in (("scores", (4, 4)), ("large", (6, 9))):
         heads.HeadScores(torch.rand(*shape, generator=torch.Generator().manual_seed(0))).save(tmp_path / name)
+    heads.HeadScores(torch.ones(4, 4), model={"name": "tiny-gpt2", "sha256": "0" * 64}).save(tmp_path / "other")
     words = "score-documents in out --scores scores --model tiny-llama --device cpu --top 2 " + options
     monkeypatch.setattr(sys, "argv", ["heads", *words.split()])
     with pytest.raises(SystemExit) as stop:
@@ -463,6 +464,17 @@ def test_the_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, opt
     found = capsys.readouterr()
     assert stop.value.code == 2 and message in found.out + found.err and "Traceback" not in found.err
     assert found.err.count("heads: ") == 1
+
+
+def test_scores_of_a_model_serve_its_derivative_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in", corpus(2))
+    heads.HeadScores(torch.ones(4, 4), model={"name": "tiny-gpt2", "sha256": "0" * 64}).save(tmp_path / "other")
+    words = "score-documents in out --scores other --model tiny-llama --device cpu --top 2 --derivative"
+    monkeypatch.setattr(sys, "argv", ["heads", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code and len(lines(tmp_path / "out")) == 2
 
 
 def test_stopped_by_the_keyboard_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):

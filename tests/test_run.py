@@ -255,3 +255,24 @@ def test_a_notebook_too_large_to_commit_is_refused(tree):
     with pytest.raises(RuntimeError, match="300 kB"):
         run.refresh("toy-paper")
     assert path.read_bytes() == before
+
+
+# ---- runs that are kept beside the default's ------------------------------------------------
+
+
+def test_a_run_elsewhere_is_kept_once_and_leaves_the_figures_alone(good, tree):
+    folder = tree / "figures" / "toy-paper"
+    for seed, rate in ((1, 0.5), (2, 0.5), (1, 0.5)):
+        assert run.elsewhere("toy-paper", {"seed": seed, "rate": rate}) == folder / papers.ELSEWHERE
+    first, second = papers.elsewhere("toy-paper")
+    assert first["parameters"] == {"seed": 2, "rate": 0.5} and second["parameters"] == {"seed": 1, "rate": 0.5}
+    assert second["verdicts"] == {"C1": "holds", "C2": "not tested here"} and len(second["code"]) == 64
+    kept = snapshot(folder)
+    assert kept.pop(papers.ELSEWHERE) and kept == good
+
+
+@pytest.mark.parametrize("values", [{}, {"seed": 0}, {"size": 1}])
+def test_defaults_and_presets_are_not_elsewhere(good, tree, values):
+    with pytest.raises(ValueError, match="name what differs, such as -p seed=1"):
+        run.elsewhere("toy-paper", values)
+    assert snapshot(tree / "figures" / "toy-paper") == good

@@ -114,7 +114,7 @@ def elsewhere(slug: str, values: dict) -> Path:
     Raises what `run` raises, and ValueError where the parameters are the defaults.
     """
     chosen = plan(slug, None, values)
-    if papers.preset_of(slug, chosen) == "default":
+    if papers.preset_of(slug, chosen) != "custom":
         raise ValueError(f"{slug}: --elsewhere keeps the verdicts of another run; name what differs, such as -p seed=1")
     run(slug, None, chosen)
     found = papers.result(slug, papers.figures_folder(slug, chosen))

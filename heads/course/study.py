@@ -186,7 +186,7 @@ class Study:
         """Does it hold elsewhere? The verdicts of other models and seeds that `heads run --elsewhere` kept, a row a run."""
         runs = papers.elsewhere(self.paper.slug)
         if not runs:
-            return Shown("No other run was kept yet: heads run SLUG -p seed=1 --elsewhere keeps one.")
+            return Shown(f"No other run was kept yet: heads run {self.paper.slug} -p seed=1 --elsewhere keeps one.")
         ids, now = [c.id for c in self.paper.claims], record.code(self.paper.slug)["sha256"]
         rows = [
             (prose(run["parameters"]) + " (earlier code)" * (run["code"] != now), f"{run['seconds']:.0f} s",
