@@ -96,8 +96,10 @@ def list_(
         facts = ("number", "slug", "title", "part", "state")
         rows = [{**{fact: getattr(p, fact) for fact in facts}, "verdicts": claims(p.slug)} for p in papers.papers()]
         print(json.dumps(rows, indent=1))
+    elif not out.is_terminal:
+        print(*listing(120), sep="\n")
     else:
-        lines = [Text(line) for line in listing(out.width if out.is_terminal else 120)]
+        lines = [Text(line) for line in listing(out.width)]
         start, end = map(lines[0].plain.index, ("title", "verdicts"))
         for paper, line in zip(papers.papers(), lines[1:]):
             link = f"link https://arxiv.org/abs/{paper.arxiv}" if paper.arxiv else ""
@@ -194,8 +196,7 @@ def open_(
     and its figures: the copy draws into figures/ beside it."""
     from heads.course import copies
 
-    copy = copies.copied(slug, fresh)
-    print(copy, flush=True)
+    print(copy := copies.copied(slug, fresh), flush=True)
     if not no_lab:
         raise typer.Exit(copies.lab(copy, options or []))
 
