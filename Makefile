@@ -23,7 +23,7 @@ figures: $(MODEL)  ## regenerate the figures of all ready papers, or of one: PAP
 
 # The notebooks run even if a test fails (1), not after a Ctrl-C (2). Tests draw into a folder of their own, so that
 # the committed figures stay as they are, and nothing that `heads.kept` holds is trusted.
-test: $(MODEL)  ## the tests, then the notebooks: the defaults of what changed and of one in each part, the others smoke
+test: $(MODEL)  ## the tests, then the notebooks: the defaults of what changed and of one in each part, the others drilled
 	@HEADS_FIGURES=$$(mktemp -d); trap 'rm -rf "$$HEADS_FIGURES"' EXIT; \
 	export HEADS_FIGURES HEADS_CACHE=0 OMP_NUM_THREADS=1; \
 	status=0; $(PY) -m pytest tests -n 2 --dist loadfile || status=$$?; test $$status -le 1 || exit $$status; \

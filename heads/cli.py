@@ -234,7 +234,7 @@ def score_documents(
     except ValueError:
         raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
     lab.source_of(documents, out_)  # what is cheap to check comes first
-    table, conditions = _masks(scores, top, controls)
+    table, conditions = lab.masks(scores, top, controls)
     lm = load(model, device)
     table.belongs_to(lm, derivative)
     try:
@@ -246,21 +246,6 @@ def score_documents(
     print(done)
     if done.read and not done.scored:
         raise ValueError(f"nothing was scored: expected an object in each line, with a text in {field!r} (or say --field)")
-
-
-def _masks(path: str, top: float, controls: int) -> tuple:
-    """From a file of head scores: the scores, and the conditions "base", "masked" and "random 0", ..."""
-    from heads.scores import HeadScores, random_heads
-
-    if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
-        raise ValueError(f"--top {top:g} --controls {controls}: a count of heads or a share below 1, and a count of sets")
-    try:
-        table = HeadScores.load(path)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no head scores: expected a file that HeadScores.save wrote") from None
-    best = table.top(top if top < 1 else int(top))
-    sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
-    return table, {"base": [], "masked": best, **{f"random {k}": heads for k, heads in enumerate(sets)}}
 
 
 @app.command()

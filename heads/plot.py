@@ -155,8 +155,8 @@ def histogram(ax: plt.Axes, scores: ArrayLike, *, null: ArrayLike = (), line: fl
         ax.hist(null, edges, color=COLORS["orange"], label=names[1])
     if line is not None:
         ax.axvline(line, color="#4D4D4D", ls=":", lw=1.5, label=names[2])
-    for number, head in enumerate(mark):
-        height = 4.0 * 2**number
+    for number, head in enumerate(sorted(mark, key=lambda head: values[head])):  # neighbours at different heights
+        height = 4.0 * 2 ** (number % 4)
         ax.annotate(head_label(head), (values[head], 1), (values[head], height), ha="center", arrowprops={"arrowstyle": "->"})
     ax.set(yscale="log", ylabel="heads (log scale)")
     ax.legend()

@@ -19,7 +19,9 @@ BELOW = {  # a wing, or a file of its own -> what it may import besides itself
 }  # fmt: skip
 # A record reads in the façades which name leads to which module: tables, whose import loads nothing else.
 TABLES = {("course.record", "__init__"), ("course.record", "tasks.__init__")}
-LINES = {"heads": 5500, "file": 250, "class": 100, "function": 50}  # of code, with all 34 papers (5,480 with eleven)
+# Of code. What a reader of the instruments reads, and the course with its command line around them: with eleven papers
+# 4,730 and 1,020. A limit is raised in the open, with the reason: the second came with `open`, completion and the mould.
+LINES = {"library": 4800, "course": 1100, "file": 250, "class": 100, "function": 50}
 
 
 def inside(folder, tree, name):
@@ -97,7 +99,10 @@ def test_rooms_are_small():
 
 
 def test_the_house_is_small():
-    assert sum(len(code_lines(file)) for file in FILES.values()) <= LINES["heads"]
+    lines = {"library": 0, "course": 0}
+    for name, file in FILES.items():
+        lines["course" if name.split(".")[0] in ("course", "cli", "__main__") else "library"] += len(code_lines(file))
+    assert all(count <= LINES[part] for part, count in lines.items()), lines
 
 
 def test_lines_of_code_are_counted_without_what_explains_them(tmp_path):

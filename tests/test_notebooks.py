@@ -227,8 +227,7 @@ MEASURE = [
     pictures_say_what_they_show,
 ]  # fmt: skip
 BEFORE = {  # not yet written in this form
-    "11_retrieval_head", "12_successor_heads", "13_circuit_reuse", "14_arithmetic_heads", "21_soft_injection", "22_lofit",
-    "23_attention_influence", "41_icl_linear_regression", "42_attention_svm", "43_low_rank_attention", "44_inductive_bias",
+    "14_arithmetic_heads", "21_soft_injection", "23_attention_influence", "41_icl_linear_regression",
 }  # fmt: skip
 
 

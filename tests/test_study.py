@@ -241,6 +241,7 @@ def test_a_picture_has_its_caption_as_alternative_text(study, monkeypatch):
 def test_smoke_says_that_it_is_smoke(tree):
     smoke = Study("toy-paper", **{**DEFAULTS, "size": 1})
     assert smoke.preset == "smoke"
+    assert papers.is_smoke("toy-paper", {**DEFAULTS, "size": 1, "seed": 7}) and not papers.is_smoke("toy-paper", DEFAULTS)
     assert "C1 holds (smoke: too small to mean anything)" in repr(smoke.claim("C1", measured=1, holds=True))
     smoke.claim("C2", measured=1, holds=True)
     assert "verdict (smoke: too small" in smoke.verdict()._repr_mimebundle_()[0]["text/markdown"]

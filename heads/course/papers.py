@@ -302,6 +302,12 @@ def preset_of(slug: str, values: dict) -> str:
     return next((name for name, changes in named.items() if _complete(slug, changes) == ours), "custom")
 
 
+def is_smoke(slug: str, values: dict) -> bool:
+    """Whether these are the sizes of the smoke preset, whatever the model, the device and the seed."""
+    free = {"model", "device", "seed"}
+    return preset_of(slug, {name: value for name, value in values.items() if name not in free}) == "smoke"
+
+
 def _complete(slug, values):
     """The defaults with these values in their place, through JSON so that a tuple equals a list."""
     return json.loads(json.dumps({**{p.name: p.default for p in parameters(slug)}, **values}))

@@ -76,6 +76,7 @@ class Study:
         torch.manual_seed(self.seed)
         plot.style()
         self.preset = papers.preset_of(slug, parameters)
+        self._smoke = " (smoke: too small to mean anything)" * papers.is_smoke(slug, parameters)
         self._output = record.Folder(papers.figures_folder(slug, parameters))
         self._models, self._figures, self._scores, self._claims, self._timed = [], {}, {}, {}, set()
         self._start = time.monotonic()
@@ -113,9 +114,7 @@ class Study:
         """
         files = self._keep(name, caption, fig, lambda stem: plot.animation(fig, draw, frames, stem, data, **timing))
         if get_ipython():
-            film, alt = b64encode(files[1].read_bytes()).decode(), escape(f"{caption} (film)")
-            picture = f'<img src="data:image/png;base64,{film}" alt="{alt}">'
-            display(Shown("<film>", html=f"<details><summary>Play</summary>{picture}</details>"))
+            display(_film(files[1].read_bytes(), caption))
 
     def _keep(self, name, caption, fig, write):
         """Write a figure's files, list them in the record, close it and show the first of them with its caption; the files."""
@@ -153,7 +152,7 @@ class Study:
         said, here = {"id": id, "text": claim.text, "paper": claim.paper}, plain(measured)
         self._claims[id] = {**said, "measured": here, "verdict": verdict, "why": why}
         (self._timed.add if timed else self._timed.discard)(id)
-        judged = f"{id} {verdict}" + " (smoke: too small to mean anything)" * (self.preset == "smoke")
+        judged = f"{id} {verdict}{self._smoke}"
         markdown = f"**{judged}.** " + cell(f"Here: {prose(here)}. The paper: {claim.paper}. {why}".rstrip())
         return Shown(f"{judged}: {prose(here)}", markdown)
 
@@ -177,22 +176,13 @@ class Study:
         if (others := self._output.target / papers.ELSEWHERE).is_file():  # of other runs, kept beside this one
             shutil.copy(others, self._output.work)
         self._output.publish()
-        smoke = " (smoke: too small to mean anything)" * (self.preset == "smoke")
-        head = ("", "claim", "the paper", "here", f"verdict{smoke}", "why")
+        head = ("", "claim", "the paper", "here", f"verdict{self._smoke}", "why")
         cells = [(r["id"], r["text"], r["paper"], prose(r["measured"]), f"**{r['verdict']}**", r["why"]) for r in rows]
         return Shown("\n".join(f"{r['id']} {r['verdict']}" for r in rows), _table(head, cells))
 
     def elsewhere(self) -> Shown:
         """Does it hold elsewhere? The verdicts of other models and seeds that `heads run --elsewhere` kept, a row a run."""
-        runs = papers.elsewhere(self.paper.slug)
-        if not runs:
-            return Shown(f"No other run was kept yet: heads run {self.paper.slug} -p seed=1 --elsewhere keeps one.")
-        ids, now = [c.id for c in self.paper.claims], record.code(self.paper.slug)["sha256"]
-        rows = [
-            (prose(run["parameters"]) + " (earlier code)" * (run["code"] != now), f"{run['seconds']:.0f} s",
-             *(run["verdicts"].get(id, "") for id in ids)) for run in runs
-        ]  # fmt: skip
-        return Shown("\n".join(", ".join(row) for row in rows), _table(("run with", "", *ids), rows))
+        return _others(self.paper, papers.elsewhere(self.paper.slug))
 
     def _judged(self):
         if missing := [c.id for c in self.paper.claims if c.id not in self._claims]:
@@ -220,6 +210,23 @@ class Study:
             "scores": self._scores,
             "figures": list(self._figures.values()),
         } | ({"other_models": self._models[1:]} if self._models[1:] else {})
+
+
+def _film(png, caption):
+    """A picture that moves, folded: it plays while it is open."""
+    image = f'<img src="data:image/png;base64,{b64encode(png).decode()}" alt="{escape(caption)} (film)">'
+    return Shown("<film>", html=f"<details><summary>Play</summary>{image}</details>")
+
+
+def _others(paper, runs):
+    """The table of runs that were kept beside the default's."""
+    if not runs:
+        return Shown(f"No other run was kept yet: heads run {paper.slug} -p seed=1 --elsewhere keeps one.")
+    ids, now, rows = [c.id for c in paper.claims], record.code(paper.slug)["sha256"], []
+    for run in runs:
+        differs = prose(run["parameters"]) + " (earlier code)" * (run["code"] != now)
+        rows.append((differs, f"{run['seconds']:.0f} s", *(run["verdicts"].get(id, "") for id in ids)))
+    return Shown("\n".join(", ".join(row) for row in rows), _table(("run with", "", *ids), rows))
 
 
 def plain(value: object, digits: int = 4) -> object:

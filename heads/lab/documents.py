@@ -27,6 +27,7 @@ from heads.lab.answers import FULL, batches, losses_in, prepared
 from heads.model.weights import decoder_only
 from heads.model.zoo import sha256
 from heads.names import replacing
+from heads.scores import HeadScores, random_heads
 
 WINDOW = 128  # characters of a window for each token of a pass: enough for full batches, little to lose to a kill
 HALF = re.compile("[\ud800-\udfff]")
@@ -142,6 +143,24 @@ def source_of(documents: Source, out: str | Path) -> Path | None:
     if source is not None and out.exists() and out.samefile(source):
         raise ValueError(f"{out} holds the documents themselves: write the scores to another file")
     return source
+
+
+def masks(path: str | Path, top: float, controls: int) -> tuple[HeadScores, dict[str, list]]:
+    """The scores that `HeadScores.save` wrote to `path`, and conditions of them: "base", "masked" (the best, a count or a share
+    below 1) and "random 0", ... (heads of the same layers).
+
+    Raises:
+        ValueError: for a file that holds no scores, and for counts that are none.
+    """
+    if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
+        raise ValueError(f"--top {top:g} --controls {controls}: a count of heads or a share below 1, and a count of sets")
+    try:
+        table = HeadScores.load(path)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no head scores: expected a file that HeadScores.save wrote") from None
+    best = table.top(top if top < 1 else int(top))
+    sets = random_heads(best, table.shape, match="near", n_sets=controls, exclude=table.top(0.2)) if controls else []
+    return table, {"base": [], "masked": best, **{f"random {k}": heads for k, heads in enumerate(sets)}}
 
 
 def _checked(model, conditions, length, tokens, window, shard) -> int:
