@@ -227,7 +227,7 @@ MEASURE = [
     pictures_say_what_they_show,
 ]  # fmt: skip
 BEFORE = {  # not yet written in this form
-    "14_arithmetic_heads", "21_soft_injection", "23_attention_influence", "41_icl_linear_regression",
+    "21_soft_injection", "23_attention_influence",
 }  # fmt: skip
 
 
