@@ -221,17 +221,13 @@ def it_concludes(book, path):
 CHECKS = [
     well_formed, executed_in_order, without_errors, parameters_are_plain, nothing_to_install, nothing_volatile, small,
     no_local_paths, presets_exist, nbval_has_something_to_compare, it_concludes,
-]  # fmt: skip
-MEASURE = [
+    # the measure
     every_cell_has_a_kind, an_idea_fits_a_glance, something_happens_soon, half_of_it_is_prose, it_asks, exercises_are_checked,
     pictures_say_what_they_show,
 ]  # fmt: skip
-BEFORE = {  # not yet written in this form
-    "21_soft_injection", "23_attention_influence",
-}  # fmt: skip
 
 
-def complaints(path, checks=(*CHECKS, *MEASURE)):
+def complaints(path, checks=CHECKS):
     """Everything that is wrong with a notebook file."""
     book = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     return [f"{check.__name__}: {wrong}" for check in checks for wrong in check(book, path)]
@@ -250,13 +246,12 @@ def test_health(path, check):
     assert complaints(path, [check]) == []
 
 
-@pytest.mark.parametrize("check", MEASURE, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in BEFORE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_measure(path, check):
     assert complaints(path, [check]) == []
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in BEFORE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_saved_by_jupyterlab_it_stays_as_it_is(path, tmp_path):
     """The server of JupyterLab reads and writes it with the metadata of the kernel that Lab finds on this machine."""
     from jupyter_client.kernelspec import KernelSpecManager
