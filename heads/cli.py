@@ -176,7 +176,7 @@ def run(
                 print(f"{name}: kept in {os.path.relpath(runs.elsewhere(slug, chosen[slug]))}")
             else:
                 done = runs.run(slug, None, chosen[slug])
-                smoke = "smoke" in (preset, papers.preset_of(slug, chosen[slug]))
+                smoke = preset == "smoke" or papers.is_smoke(slug, chosen[slug])
                 print(f"{name}: {done.seconds:.0f} s; {'smoke, no verdicts on the paper: ' * smoke}"
                       + ", ".join(f"{k} {v}" for k, v in done.verdicts.items()))  # fmt: skip
         except RuntimeError as error:
@@ -234,6 +234,8 @@ def score_documents(
     except ValueError:
         raise ValueError(f"shard {shard!r}: expected i/n, for example 0/4") from None
     lab.source_of(documents, out_)  # what is cheap to check comes first
+    if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
+        raise ValueError(f"--top {top:g} --controls {controls}: a count of heads or a share below 1, and a count of sets")
     table, conditions = lab.masks(scores, top, controls)
     lm = load(model, device)
     table.belongs_to(lm, derivative)

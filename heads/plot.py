@@ -57,7 +57,7 @@ def heatmap(values: ArrayLike, ax: plt.Axes | None = None, *, label: str = "scor
     Raises ValueError for a shape that is not [layer, head], for `center` other than None or 0,
     and for a head outside the map.
     """
-    values = np.asarray(getattr(values, "values", values), dtype=float)
+    values = _values(values)
     if values.ndim != 2:
         raise ValueError(f"a heat map needs values [layer, head], not an array of shape {values.shape}")
     if center not in (None, 0):
@@ -78,6 +78,11 @@ def heatmap(values: ArrayLike, ax: plt.Axes | None = None, *, label: str = "scor
         axis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     ax.figure.colorbar(image, ax=ax, label=label)
     return ax
+
+
+def _values(scores):
+    """A HeadScores or what numpy takes, as floats."""
+    return np.asarray(getattr(scores, "values", scores), dtype=float)
 
 
 def _scale(values, center, vmin, vmax):
@@ -103,7 +108,7 @@ def maps(tables: Mapping[str, ArrayLike], *, label: str = "score", highlight: It
     highlight: the heads to frame in every map, or `{title: heads}`. The rest is as for `heatmap`.
     Raises ValueError without a map, and what `heatmap` raises.
     """
-    arrays = [np.asarray(getattr(table, "values", table), dtype=float) for table in tables.values()]
+    arrays = [_values(table) for table in tables.values()]
     if not arrays:
         raise ValueError("maps needs one map or more, as {title: values}")
     every = np.concatenate([array.ravel() for array in arrays])
@@ -148,9 +153,10 @@ def histogram(ax: plt.Axes, scores: ArrayLike, *, null: ArrayLike = (), line: fl
 
     null: what chance gave, beside them. line: a threshold. names: of the heads, the null and the line, for the legend.
     """
-    values, null = np.asarray(getattr(scores, "values", scores), dtype=float), np.ravel(null)
-    edges = np.histogram_bin_edges(np.concatenate([values[np.isfinite(values)], null]), bins)
-    ax.hist(values[np.isfinite(values)], edges, color=GREY, label=names[0])
+    values, null = _values(scores), np.ravel(null)
+    finite = values[np.isfinite(values)]
+    edges = np.histogram_bin_edges(np.concatenate([finite, null]), bins)
+    ax.hist(finite, edges, color=GREY, label=names[0])
     if len(null):
         ax.hist(null, edges, color=COLORS["orange"], label=names[1])
     if line is not None:
@@ -170,7 +176,7 @@ def ranked(k: int = 10, **scores: ArrayLike) -> pd.DataFrame:
     """
     if not scores:
         raise ValueError("ranked needs scores by name, such as ranked(10, ablation=scores)")
-    tables = {name: np.asarray(getattr(table, "values", table), dtype=float) for name, table in scores.items()}
+    tables = {name: _values(table) for name, table in scores.items()}
     first = next(iter(tables.values()))
     order = [np.unravel_index(i, first.shape) for i in np.argsort(-first, axis=None, kind="stable")[:k]]
     columns = {name: [float(f"{table[head]:.3g}") for head in order] for name, table in tables.items()}
@@ -205,7 +211,7 @@ def save(fig: plt.Figure, stem: str | Path, data: Mapping | pd.DataFrame | None 
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     fig.savefig(png, metadata={"Software": None})
     with Image.open(png) as image:
-        _palette(image.convert("RGB")).save(png, optimize=True)
+        _palette(image).save(png, optimize=True)
     fig.savefig(svg, metadata={"Date": None, "Creator": None})
     return [png, svg, *_table(stem, data)]
 

@@ -21,8 +21,9 @@ from nbformat import NotebookNode
 from heads.course import papers
 from heads.names import replacing
 
-# What a code cell is for, its first tag. A reader sees the first three open and the rest folded, each one click away.
-KINDS = ("parameters", "idea", "exercise", "setup", "plot", "verdict", "check", "solution", "gpu", "helper")
+# What a code cell is for, its first tag: a reader sees it open, or folded and one click away.
+OPEN = ("parameters", "idea", "exercise")
+FOLDED = ("setup", "plot", "verdict", "check", "solution", "gpu", "helper")
 LARGEST = 300_000  # bytes of a committed notebook
 
 
@@ -85,8 +86,12 @@ def run(slug: str, preset: str | None = None, values: dict | None = None) -> Out
             failed = error
     if failed:
         raise RuntimeError(f"{failed}\nThe executed copy, up to there, is {os.path.relpath(out)}")
-    figures = papers.figures_folder(slug, chosen, papers.notebook(slug).parent)
-    return Outcome(time.monotonic() - start, out, papers.verdicts(slug, figures))
+    return Outcome(time.monotonic() - start, out, papers.verdicts(slug, _published(slug, chosen)))
+
+
+def _published(slug: str, chosen: dict) -> Path:
+    """Where the kernel of a run, which works in the folder of the notebook, has put its result."""
+    return papers.figures_folder(slug, chosen, papers.notebook(slug).parent)
 
 
 def refresh(slug: str) -> Path:
@@ -113,14 +118,11 @@ def elsewhere(slug: str, values: dict) -> Path:
 
     Raises what `run` raises, and ValueError where the parameters are the defaults.
     """
-    chosen = plan(slug, None, values)
-    if papers.preset_of(slug, chosen) != "custom":
+    if papers.preset_of(slug, chosen := plan(slug, None, values)) != "custom":
         raise ValueError(f"{slug}: --elsewhere keeps the verdicts of another run; name what differs, such as -p seed=1")
-    run(slug, None, chosen)
-    found = papers.result(slug, papers.figures_folder(slug, chosen))
-    verdicts = {claim["id"]: claim["verdict"] for claim in found["claims"]}
+    done, found = run(slug, None, chosen), papers.result(slug, _published(slug, chosen))
     new = {"parameters": values, "model": found["model"], "seconds": found["seconds"], "code": found["code"]["sha256"],
-           "verdicts": verdicts}  # fmt: skip
+           "verdicts": done.verdicts}  # fmt: skip
     kept = [old for old in papers.elsewhere(slug) if old["parameters"] != values] + [new]
     path = papers.root() / "figures" / slug / papers.ELSEWHERE
     with replacing(path) as aside:
@@ -221,7 +223,7 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
 def folded(tags: Iterable[str]) -> dict:
     """A cell's metadata, made of its tags: what is hidden in JupyterLab, and by the tags hide-... on a site."""
     tags = [tag for tag in tags if not tag.startswith("hide-")]
-    if not set(tags) & set(KINDS[3:]):
+    if not set(tags) & set(FOLDED):
         return {"tags": tags} if tags else {}
     hidden = {"source_hidden": True}
     if "solution" not in tags:

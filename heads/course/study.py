@@ -229,21 +229,21 @@ def _others(paper, runs):
     return Shown("\n".join(", ".join(row) for row in rows), _table(("run with", "", *ids), rows))
 
 
-def plain(value: object, digits: int = 4) -> object:
-    """A value as JSON data: numpy and torch become lists, floats keep `digits`, NaN becomes None.
+def plain(value: object) -> object:
+    """A value as JSON data: numpy and torch become lists, floats keep four digits, NaN becomes None.
 
     Raises TypeError for what is no number, text, or collection of them.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):  # numpy's float64 as well
-        return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+        return float(f"{value:.4g}") if np.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): plain(item, digits) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, digits) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist(), digits)
+        return plain(value.tolist())
     raise TypeError(f"a result is a number, text, or a list or dict of them, not {type(value).__name__}")
 
 

@@ -150,10 +150,8 @@ def masks(path: str | Path, top: float, controls: int) -> tuple[HeadScores, dict
     below 1) and "random 0", ... (heads of the same layers).
 
     Raises:
-        ValueError: for a file that holds no scores, and for counts that are none.
+        ValueError: for a file that holds no scores.
     """
-    if top <= 0 or (top >= 1 and top != int(top)) or controls < 0:
-        raise ValueError(f"--top {top:g} --controls {controls}: a count of heads or a share below 1, and a count of sets")
     try:
         table = HeadScores.load(path)
     except (ValueError, KeyError, TypeError):
