@@ -1,12 +1,20 @@
 """The data files: well formed, consistent with each other, and fit for what they are used for."""
 
+import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
+import unicodedata
 from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
+
+from heads.model.zoo import home
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -259,3 +267,148 @@ def test_countries_say_the_same_in_every_task(word_rows):
     languages = set(language.values())
     wrong = {c for c in language.keys() & adjective.keys() if adjective[c] in languages and language[c] != adjective[c]}
     assert wrong == set()
+
+
+# ---------------------------------------------------------------- extracts of public data (data/build.py)
+
+BUILT = home() / "data"  # of those that the licence keeps out of the checkout; they are tested where a reader built them
+SHEETS = {"ontologies": "ontologies.md", "labels": "labels.md", "esco.jsonl": "esco.md"}
+LICENCES = {"ontologies/schema.jsonl": "CC BY-SA 3.0", "ontologies/edam.jsonl": "CC BY-SA 4.0", "labels/schema.jsonl": "CC BY-SA 3.0",
+            "labels/tool.jsonl": "CC BY-SA 4.0", "labels/colour.jsonl": "CC0 1.0", "labels/continent.jsonl": "public domain"}  # fmt: skip
+SUMS = dict(reversed(line.split("  ")) for line in (DATA / "extracts.sha256").read_text(encoding="ascii").splitlines())
+GRAPHS = ["ontologies/schema.jsonl", "ontologies/edam.jsonl", "ontologies/cell.jsonl"]
+LABELS = sorted(path for path in SUMS if path.startswith("labels/"))
+
+
+def sheet(path):
+    return (DATA / SHEETS[path.split("/")[0]]).read_text(encoding="utf-8")
+
+
+def extract(path):
+    file = DATA / path if path in LICENCES else BUILT / path
+    if path not in LICENCES and not file.exists():
+        pytest.skip(f"{path} is not built here: python data/build.py")
+    return file.read_bytes()
+
+
+def extract_rows(path):
+    return [json.loads(line) for line in extract(path).decode("utf-8").splitlines()]
+
+
+def test_only_extracts_whose_package_states_the_licence_are_here():
+    here = {str(file.relative_to(DATA).as_posix()) for folder in ("ontologies", "labels") for file in (DATA / folder).iterdir()}
+    assert here == set(LICENCES) and here < set(SUMS) and not (DATA / "esco.jsonl").exists()
+    assert sum((DATA / path).stat().st_size for path in here) < 1_500_000
+
+
+@pytest.mark.parametrize("path", sorted(SUMS))
+def test_an_extract_is_what_the_script_made(path):
+    assert hashlib.sha256(extract(path)).hexdigest() == SUMS[path], "python data/build.py makes it again"
+
+
+@pytest.mark.parametrize("path", sorted(SUMS))
+def test_an_extract_is_plain_text(path):
+    text = extract(path).decode("utf-8")
+    assert text.endswith("}\n") and "\r" not in text and text == unicodedata.normalize("NFC", text)
+    for string in strings([json.loads(line) for line in text.splitlines()]):
+        assert string == string.strip() and "  " not in string and not re.search(r"[\x00-\x1f\x7f\xa0]|</?[a-z]+>|\[\[", string), string
+
+
+@pytest.mark.parametrize("path", sorted(LICENCES))
+def test_a_datasheet_names_the_licence_of_each_file(path):
+    (row,) = [line for line in sheet(path).split("**Licences.**")[1].splitlines() if line.startswith(f"| `{path}`")]
+    assert LICENCES[path] in row and re.search(r"package `[\w-]+` [\d.]+|`matplotlib` [\d.]+", row)
+
+
+@pytest.mark.parametrize("path", GRAPHS)
+def test_ontologies_are_graphs_without_a_circle(path):
+    rows = extract_rows(path)
+    parents = {row["id"]: row["parents"] for row in rows}
+    assert [row["id"] for row in rows] == sorted(parents), "sorted, and no id twice"
+    for row in rows:
+        assert list(row) == ["id", "name", "parents"] and row["name"] and len(row["name"]) <= 120, row
+        assert "_" not in row["name"] and not row["name"].lower().startswith("obsolete"), row
+        assert set(row["parents"]) <= set(parents) - {row["id"]} and row["parents"] == sorted(set(row["parents"])), row
+    assert len(list(TopologicalSorter(parents).static_order())) == len(rows)
+
+
+@pytest.mark.parametrize("path", GRAPHS)
+def test_ontologies_and_their_datasheet_agree(path):
+    rows = extract_rows(path)
+    twice = sum(count > 1 for count in Counter(row["name"] for row in rows).values())
+    several, roots = (sum(test(len(row["parents"])) for row in rows) for test in (lambda k: k > 1, lambda k: k == 0))
+    found = f"| {len(rows)} | {sum(len(row['parents']) for row in rows)} | {roots} | {several} | {twice} |"
+    assert [line for line in sheet(path).splitlines() if line.startswith(f"| `{path}`") and line.endswith(found)]
+
+
+def test_known_pairs_are_there():
+    names = {row["id"]: row["name"] for row in extract_rows("ontologies/schema.jsonl")}
+    pairs = {(row["name"], names[p]) for row in extract_rows("ontologies/schema.jsonl") for p in row["parents"]}
+    assert {("zoo", "civic structure"), ("bed and breakfast", "lodging business"), ("AM radio channel", "radio channel"),
+            ("local business", "place"), ("local business", "organization")} <= pairs  # fmt: skip
+    assert ("civic structure", "zoo") not in pairs and names["Thing"] == "thing"
+
+
+@pytest.mark.parametrize("path", LABELS)
+def test_label_tasks_are_well_formed(path):
+    rows, task = extract_rows(path), Path(path).stem
+    assert all(list(row) == ["task", "text", "label"] and row["task"] == task for row in rows)
+    keys = [(row["label"], row["text"]) for row in rows]
+    assert keys == sorted(keys)
+    assert len({row["text"].lower() for row in rows}) == len(rows), "a text has one label, whatever its capitals"
+    assert all(re.search("[a-z]", row["text"]) or row["text"].isascii() for row in rows)
+    assert all(1 <= len(row["text"]) <= 114 and re.fullmatch("[A-Za-z]+", row["label"]) for row in rows)
+    sizes = Counter(row["label"] for row in rows)
+    assert len(rows) >= 400 and min(sizes.values()) >= 20 and len(sizes) >= 4
+
+
+def gives_away(text, label):
+    """The datasheet's sentence on class names in a text, written a second time."""
+    beginning = re.escape(label if len(label) <= 4 else label[: max(4, len(label) - 3)])
+    return re.search(rf"(?<![a-z]){beginning}" + (r"s?(?![a-z])" if len(label) <= 4 else ""), text, re.IGNORECASE) is not None
+
+
+@pytest.mark.parametrize("path", LABELS)
+def test_label_tasks_and_their_datasheet_agree(path):
+    rows = extract_rows(path)
+    sizes = Counter(row["label"] for row in rows).values()
+    given = sum(gives_away(row["text"], row["label"]) for row in rows)
+    found = f"| `{Path(path).stem}` | {'here' if path in LICENCES else 'built'} | {len(rows)} | {len(sizes)} | " \
+            f"{min(sizes)} to {max(sizes)} | {given} ({100 * given / len(rows):.0f} %) |"  # fmt: skip
+    assert found in sheet(path)
+
+
+def test_the_datasheet_adds_up():
+    texts = {task: int(count) for task, count in re.findall(r"^\| `(\w+)` \| (?:here|built) \| (\d+) \|", sheet("labels"), re.MULTILINE)}
+    here = sum(texts[Path(path).stem] for path in LABELS if path in LICENCES)
+    assert len(texts) == 8 and f"{sum(texts.values())} texts in all, {here} of them" in sheet("labels")
+
+
+def test_texts_have_the_label_that_everyone_would_give():
+    labels = {path: {row["text"]: row["label"] for row in extract_rows(path)} for path in LABELS if path in LICENCES}
+    assert labels["labels/continent.jsonl"]["Paris"] == "Europe" and labels["labels/continent.jsonl"]["Dar es Salaam"] == "Africa"
+    assert labels["labels/colour.jsonl"]["tangerine"] == "orange" and labels["labels/colour.jsonl"]["navy"] == "blue"
+    assert labels["labels/schema.jsonl"]["borrow"] == "action" and labels["labels/schema.jsonl"]["tattoo parlor"] == "business"
+    assert labels["labels/tool.jsonl"]["Physics"] == "topic" and labels["labels/tool.jsonl"]["SQL"] == "format"
+
+
+def test_esco_is_a_graph_of_two_kinds():
+    rows = extract_rows("esco.jsonl")
+    jobs, skills = ([row for row in rows if row["kind"] == kind] for kind in ("occupation", "skill"))
+    names = [row["name"] for row in skills]
+    assert len(jobs) + len(skills) == len(rows) and len(set(names)) == len(names)
+    assert all(row["skills"] and set(row["skills"]) <= set(names) and len(set(row["skills"])) == len(row["skills"]) for row in jobs)
+    for row in rows:
+        own = [alias.lower() for alias in row["aliases"]]
+        assert row["name"].lower() not in own and len(set(own)) == len(own) and all(own), row["name"]
+    said = sheet("esco.jsonl")
+    assert f"{len(jobs)} occupations and {len(skills)} skills" in said
+    assert f"{sum(len(j['aliases']) for j in jobs)} of occupations, {sum(len(s['aliases']) for s in skills)} of skills" in said
+    assert f"{sum(len(j['skills']) for j in jobs)} relations" in said and f"of {sum(bool(s['description']) for s in skills)} skills" in said
+
+
+@pytest.mark.skipif("HEADS_WHEELS" not in os.environ, reason="HEADS_WHEELS names no folder with the packages that data/build.py reads")
+def test_the_script_makes_the_same_bytes():
+    command = [sys.executable, str(DATA / "build.py"), "--check", "--wheels", os.environ["HEADS_WHEELS"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode and "same: " in done.stdout, done.stdout + done.stderr

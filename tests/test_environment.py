@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PINS = {extra: [Requirement(line) for line in lines] for extra, lines in {"": PROJECT["dependencies"], **EXTRAS}.items()}
-OPTIONAL = {"lab", "bench"}  # reading in JupyterLab, and the peers that benchmarks are measured against
+OPTIONAL = {"lab", "bench", "data"}  # reading in JupyterLab, the peers of benchmarks, and what builds the data extracts
 MAIN = {canonicalize_name(pin.name): pin for pin in PINS[""]}
 
 
