@@ -7,6 +7,7 @@ nothing in a notebook whose outputs were stripped. These checks run nothing; nbv
 import ast
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -500,6 +501,13 @@ def test_a_broken_copy_fails_its_smoke_run(committed, capfd):
 
 
 # ---- nbval compares what deserves comparing -----------------------------------------------
+
+
+def test_nbvals_kernels_speak_in_private(tmp_path):
+    book = v4.new_notebook(cells=[v4.new_code_cell("assert get_ipython().kernel.parent.transport == 'ipc'")])
+    nbformat.write(book, tmp_path / "book.ipynb")
+    done = subprocess.run([*notebooks.BY_NBVAL, str(tmp_path / "book.ipynb")], cwd=papers.root(), capture_output=True, text=True)
+    assert done.returncode == (0 if os.name == "posix" else 1) and "TCP" not in done.stderr, done.stdout
 
 
 def test_nbval_fails_on_a_wrong_output_in_a_checked_cell_and_on_nothing_else(tmp_path):
