@@ -383,8 +383,8 @@ def label_task(name: str) -> Callable[[Sources], list[Row]]:
 
 # ---------------------------------------------------------------- what is built, and where it lies
 
-# Path -> how it is made. Below HERE: the package states the data's licence (see the datasheets). Below home() / "data": it
-# does not, or the file is large.
+# Path -> how it is made. Below HERE what is small, each under the licence that its datasheet names; below home() / "data" what
+# is large.
 SHIPPED: dict[str, Callable[[Sources], list[Row]]] = {
     "ontologies/schema.jsonl": ontology("schema"),
     "ontologies/edam.jsonl": ontology("edam"),

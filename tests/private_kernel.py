@@ -1,6 +1,5 @@
 """pytest, with nbval's kernels on sockets in a private folder, as those of `heads run` are."""
 
-import os
 import sys
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -9,8 +8,9 @@ import nbval.kernel
 import pytest
 from jupyter_client.manager import KernelManager
 
+from heads.course.runs import sockets
+
 if __name__ == "__main__":
     with TemporaryDirectory(prefix="heads-", ignore_cleanup_errors=True) as folder:
-        if os.name == "posix" and len(folder) < 90:  # bytes of a socket's name: about a hundred
-            nbval.kernel.KernelManager = partial(KernelManager, transport="ipc", ip=f"{folder}/k")
+        nbval.kernel.KernelManager = partial(KernelManager, **sockets(folder))
         sys.exit(pytest.main(sys.argv[1:]))

@@ -183,6 +183,13 @@ def _told(name: str) -> Iterator[None]:
         yield
 
 
+def sockets(folder: str) -> dict[str, str]:
+    """How a kernel's manager is told to speak over sockets in a folder; as it does by itself where the system has none, or the
+    folder's name is too long for one."""
+    short = os.name == "posix" and len(folder) < 90  # bytes of a socket's name: about a hundred
+    return {"transport": "ipc", "ip": f"{folder}/k"} if short else {}
+
+
 @contextmanager
 def _private() -> Iterator[type]:
     """A kernel's manager that speaks over sockets in a folder of ours, where the system has them: nobody else can listen.
@@ -190,14 +197,11 @@ def _private() -> Iterator[type]:
     from jupyter_client import AsyncKernelManager
 
     with TemporaryDirectory(prefix="heads-", ignore_cleanup_errors=True) as folder:
-        short = os.name == "posix" and len(folder) < 90  # bytes of a socket's name: about a hundred
-        sockets = {"transport": "ipc", "ip": f"{folder}/k"} if short else {}
-
         made = []
 
         class Private(AsyncKernelManager):
             def __init__(self, **options):
-                super().__init__(**options, **sockets)
+                super().__init__(**options, **sockets(folder))
                 made.append(self)
 
         try:
