@@ -36,6 +36,19 @@ def test_a_norm_taken_apart_is_the_norm(decoder):
         near((x * parts.back(u)).sum(-1) / parts.scale(x).squeeze(-1) + bias, (module(x) * u).sum(-1))
 
 
+def test_a_norm_with_one_large_weight_is_still_told_from_the_same_norm_of_one_more():
+    """Within 2 % of its largest number, w and 1 + w are both near where a weight is 162, as in Gemma 3 270M."""
+    module = tiny("gemma3").layers[0].input_layernorm._module
+    x = random_streams(tiny("gemma3"))
+    kept = module.weight.detach().clone()
+    with torch.no_grad():
+        try:
+            module.weight.copy_(torch.linspace(0, 1, len(kept))).put_(torch.tensor([-1]), torch.tensor([162.0]))
+            near(norm(module)(x), module(x))
+        finally:
+            module.weight.copy_(kept)
+
+
 def test_a_module_that_is_no_norm_is_refused():
     class Odd(torch.nn.RMSNorm):
         def forward(self, x):
