@@ -427,9 +427,9 @@ def test_the_anatomy_prints_its_counts():
 def test_heads_may_be_an_iterator(llama):
     """Read once: a generator that is checked is not empty afterwards."""
     assert llama.anatomy.check(pair for pair in [(2, 1), (0, 3)]) == [(0, 3), (2, 1)]
-    w, ids = torch.eye(12)[:1], ids_of(llama)
-    found = logits_of(heads.force_attention(llama, ((1, h) for h in range(4)), w), ids)
-    assert torch.equal(found, logits_of(heads.force_attention(llama, [(1, h) for h in range(4)], w), ids))
+    ids = ids_of(llama)
+    found = logits_of(heads.ablate(llama, ((1, h) for h in range(4))), ids)
+    assert torch.equal(found, logits_of(heads.ablate(llama, [(1, h) for h in range(4)]), ids))
     assert not torch.equal(found, logits_of(llama, ids))
 
 

@@ -275,5 +275,6 @@ def test_gradients_are_taken_under_inference_mode_too(llama, function):
 def test_gradients_flow_past_forced_attention(llama):
     task = task_of(llama)
     length = task.ids.shape[1]
-    forced = heads.force_attention(llama, [(2, 1)], torch.full((1, length), 1 / length))
+    with llama.edit() as (tracer, forced):
+        forced.layers[2].attn.pattern[:, 1, -1] = torch.full((length,), 1 / length)
     assert abs(heads.attribution_patching(forced, task).values[0]).max() > 0

@@ -205,15 +205,6 @@ def test_a_cache_of_another_model_or_of_other_edits_is_refused():
             heads.Conditions(model, ids, {"none": []}, prefix=wrong)
 
 
-def test_attention_is_not_forced_where_the_cache_has_dropped_its_keys():
-    model, ids = tiny("mistral"), ids_of(tiny("mistral"), 14)
-    rows = torch.full((1, 14), 1 / 14)
-    forced = heads.force_attention(model, [(1, 0)], rows)
-    with pytest.raises(Exception, match="keeps its sliding window alone"), torch.no_grad():
-        with forced.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=5) as tracer:
-            tracer.result.save()
-
-
 def test_a_mask_of_four_dimensions_cannot_tell_padding():
     model, ids = tiny("llama"), ids_of(tiny("llama"), 6)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
