@@ -14,7 +14,7 @@ from heads.tasks.arithmetic import OPERATIONS, TEMPLATES
 from heads.tasks.ioi import NAMES
 from heads.tasks.ioi import TEMPLATES as SENTENCES
 
-BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(), record={"name": "bytes"})
+BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(whole=False), record={"name": "bytes"})
 
 
 @pytest.fixture(scope="module")
