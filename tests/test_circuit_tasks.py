@@ -15,7 +15,7 @@ from heads.tasks.ioi import NAMES
 from heads.tasks.ioi import TEMPLATES as SENTENCES
 from heads.tasks.succession import LISTS
 
-BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(), record={"name": "bytes"})
+BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(whole=False), record={"name": "bytes"})
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ids_of, near, plain_of, tiny
+from conftest import fresh, ids_of, near, plain_of, tiny
 
 from heads.lab.circuits import (
     KINDS,
@@ -252,7 +252,7 @@ def test_a_planted_successor_head_is_found():
     """Write a head that maps each item's input to its successor: the score sees it, copying and predecessors do not."""
     import heads
 
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     ids, pairs = torch.tensor([77, 80, 91, 103, 120, 130]), torch.tensor([[i, (i + 1) % 6] for i in range(6)])
     x = input_norm(model, 2)(effective_embedding(model, ids))
     unembed = model.unembed._module.weight[ids].float() * norm(model.final_norm._module).weight

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, plain_of, tiny
+from conftest import DECODERS, fresh, plain_of, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import naive, toy
@@ -55,7 +55,7 @@ def test_noising_and_denoising_share_their_runs(llama):
 
 
 def test_a_head_without_output_weights_scores_zero():
-    model = heads.load("tiny-llama", device="cpu")  # its own copy: the weights are edited
+    model = fresh("llama")  # its own copy: the weights are edited
     heads.output_projection(model, 1)[8:16] = 0  # head 1 of layer 1
     found = heads.ablation_scores(model, toy(model), "zero", progress=False)
     assert np.abs(found.samples[:, 1, 1]).max() < 1e-5 < np.abs(found.samples[:, 1, 0]).max()
@@ -107,7 +107,7 @@ def test_an_unknown_direction_and_an_encoder_are_refused(llama):
 
 
 def test_a_model_whose_layers_need_more_is_found_out(monkeypatch):
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     norm = model.final_norm._module.forward
     monkeypatch.setattr(Replay, "read", lambda self, hidden, columns: self.model.unembed._module(hidden)[None])
     with pytest.raises(ReplayError, match="off by"):

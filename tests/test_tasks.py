@@ -87,7 +87,7 @@ def test_prompts_are_made_by_their_seed(default):
 
 def test_the_first_special_token_is_kept_and_a_closing_one_is_not():
     """BERT-like tokenizers close a text; a prompt that is to be continued must stay open."""
-    tokenizer = heads.model.tiny.tokenizer()
+    tokenizer = heads.model.tiny.tokenizer(whole=False)
 
     class Closing:
         chat_template, all_special_ids, decode, batch_decode = None, [1, 2], tokenizer.decode, tokenizer.batch_decode
@@ -175,11 +175,11 @@ def test_the_answer_of_a_fact_is_found_in_its_own_sentence(default):
 
 
 def ids(text: str) -> list[int]:
-    return heads.model.tiny.tokenizer()(text).input_ids
+    return heads.model.tiny.tokenizer(whole=False)(text).input_ids
 
 
 def span(prompt: str, answer: str) -> str:
-    start, end = find_span(heads.model.tiny.tokenizer(), ids(prompt), answer)
+    start, end = find_span(heads.model.tiny.tokenizer(whole=False), ids(prompt), answer)
     return prompt[start:end]
 
 
