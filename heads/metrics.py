@@ -1,4 +1,4 @@
-"""What is read from the logits at the last position: logit difference, accuracy, probability, KL.
+"""What is read from the logits at the last position (logit difference, accuracy, probability, KL), and from a ranking.
 
 A metric names the columns of the vocabulary that it needs, so that a sweep computes only those.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from heads.names import known, wholes
@@ -121,3 +122,58 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
             logits = model.logits.save()
         values.append(read(read.pick(logits[:, -1], part), part).cpu())
     return torch.cat(values)
+
+
+def _sklearn(name: str, listed: bool) -> Callable:
+    """A measure of scikit-learn on one query; `listed`: it takes a list of queries."""
+
+    def measure(relevant: np.ndarray, scores: np.ndarray, ranked: np.ndarray) -> float:
+        import sklearn.metrics
+
+        return getattr(sklearn.metrics, name)(*((relevant[None], scores[None]) if listed else (relevant, scores)))
+
+    return measure
+
+
+# Of one query: (relevant `[item]`, scores `[item]`, relevant in the order of the scores) -> 0 to 1. What ties with a relevant
+# item stands before it, so that a constant ranks nothing well. What is of more than a line is scikit-learn's.
+RANKINGS = {
+    "hit@1": lambda relevant, scores, ranked: float(ranked[0]),
+    "MRR": lambda relevant, scores, ranked: 1 / (1 + ranked.argmax()),
+    "R-precision": lambda relevant, scores, ranked: ranked[: relevant.sum()].mean(),
+    "MAP": _sklearn("label_ranking_average_precision_score", True),
+    "AUC": _sklearn("roc_auc_score", False),
+    "nDCG": _sklearn("ndcg_score", True),
+}
+
+
+def ranking(scores, relevant, measures: Iterable[str] = ("hit@1", "MRR", "R-precision", "MAP"), excluded=None) -> dict[str, np.ndarray]:
+    """How well scores rank items for queries: `{measure: [query]}`.
+
+    Args:
+        scores: `[query, item]`, higher is better.
+        relevant: `[query, item]`, true where an item answers a query.
+        measures: names in `RANKINGS`: hit@1, MRR (1 / rank of the first relevant item), R-precision (the share of relevant
+            items among the first R, of R relevant ones), MAP (mean average precision), AUC, nDCG.
+        excluded: `[query, item]`, true for what is not ranked, such as the query itself.
+
+    Raises:
+        ValueError: shapes that differ, scores that are no numbers, a query without a relevant item (or, for AUC, with no
+            other), after what is excluded. LookupError: an unknown measure.
+    """
+    scores, relevant = np.asarray(scores, float), np.asarray(relevant, bool)
+    kept = np.ones(scores.shape, bool) if excluded is None else ~np.asarray(excluded, bool)
+    if scores.ndim != 2 or not scores.shape == relevant.shape == kept.shape:
+        raise ValueError(f"scores {scores.shape}, relevant {relevant.shape} and excluded {kept.shape} must all be [query, item]")
+    found = {known("measure of a ranking", name, RANKINGS): np.empty(len(scores)) for name in measures}
+    for i, (values, right, keep) in enumerate(zip(scores, relevant, kept)):
+        values, right = values[keep], right[keep]
+        if not np.isfinite(values).all():
+            raise ValueError(f"query {i} has a score that is no number")
+        if not right.any() or "AUC" in found and right.all():
+            what = "irrelevant" if right.any() else "relevant"
+            raise ValueError(f"query {i} has no {what} item among the {len(right)} that are ranked: leave it out")
+        ranked = right[np.lexsort((right, -values))]
+        for name, column in found.items():
+            column[i] = RANKINGS[name](right, values, ranked)
+    return found
