@@ -25,14 +25,16 @@ def test_average_precision_is_that_of_scikit_learn_ties_included():
 
 
 def losses(way, many, linked):
-    asker, answer = torch.tensor([[0, 0, 1, 2]]), torch.tensor([[6, 7, 6, 8]])
-    W = [torch.randn(6, 6, generator=torch.Generator().manual_seed(1)) / 3, torch.zeros(6)]
-    found = loss.graph_losses(W, asker, answer, linked, torch.full((1, 1, 1), 0.1), loss.cosine, way, many)
+    asker, answer = torch.tensor([[[0, 0, 1, 2]]]), torch.tensor([[[6, 7, 6, 8]]])
+    W = [torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(1)) / 3, torch.zeros(1, 1, 6)]
+    right = loss.right_in_batch(linked[None], asker, answer, many)
+    found = loss.graph_losses(W, asker, answer, right, torch.full((1, 1, 1), 0.1), loss.cosine, way)
+    W, asker, answer = [W[0][0]], asker[0], answer[0]
     moved = F.normalize(X + X @ W[0], dim=1)
     return found.item(), (moved[asker[0]] @ moved[answer[0]].T / 0.1).double().numpy(), asker[0].tolist(), answer[0].tolist()
 
 
-@pytest.mark.parametrize("way", ["one way", "back", "symmetric"])
+@pytest.mark.parametrize("way", ["one way", "turned round", "symmetric"])
 @pytest.mark.parametrize("many", [True, False])
 def test_the_loss_is_that_of_a_loop_over_the_links(way, many):
     linked = torch.zeros(12, 12, dtype=torch.bool)
@@ -49,7 +51,7 @@ def test_the_loss_is_that_of_a_loop_over_the_links(way, many):
 
     there = one_side(s, lambda i, j: bool(linked[askers[i], answers[j]]))
     back = one_side(s.T, lambda j, i: bool(linked[askers[i], answers[j]]))
-    assert found == pytest.approx({"one way": there, "back": back, "symmetric": there + back}[way], rel=1e-4)
+    assert found == pytest.approx({"one way": there, "turned round": back, "symmetric": there + back}[way], rel=1e-4)
 
 
 def texts(lengths, width, seed):
@@ -83,3 +85,17 @@ def test_padding_has_no_gradient():
     there, back = late.both_ways(torch.einsum("and,bmd->abnm", q, y), asks, answers, 0.1)
     (there.sum() + back.sum()).backward()
     assert y.grad.isfinite().all() and not y.grad[~answers].any() and y.grad[answers].any()
+
+
+def test_two_splits_side_by_side_are_two_alone():
+    linked = torch.rand(2, 12, 12, generator=torch.Generator().manual_seed(2)) < 0.3
+    asker, answer = torch.tensor([[[0, 1, 2]], [[3, 0, 1]]]), torch.tensor([[[6, 7, 8]], [[9, 6, 7]]])
+    linked[torch.arange(2)[:, None, None], asker, answer] = True
+    W = [torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(1)), torch.randn(2, 1, 6)]
+
+    def of(k):
+        right = loss.right_in_batch(linked[k], asker[k], answer[k], True)
+        return loss.graph_losses([w[k] for w in W], asker[k], answer[k], right, torch.ones(1, 1, 1), loss.cosine, "symmetric")
+
+    together = of(slice(None))
+    assert together.shape == (2, 1) and torch.allclose(together, torch.cat([of(slice(0, 1)), of(slice(1, 2))]), atol=1e-6)
