@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from heads.names import known, wholes
 from heads.tasks.base import Task
@@ -147,7 +148,8 @@ RANKINGS = {
 }
 
 
-def ranking(scores, relevant, measures: Iterable[str] = ("hit@1", "MRR", "R-precision", "MAP"), excluded=None) -> dict[str, np.ndarray]:
+def ranking(scores: ArrayLike, relevant: ArrayLike, measures: Iterable[str] = ("hit@1", "MRR", "R-precision", "MAP"),
+            excluded: ArrayLike | None = None) -> dict[str, np.ndarray]:  # fmt: skip
     """How well scores rank items for queries: `{measure: [query]}`.
 
     Args:

@@ -287,6 +287,7 @@ def sense(model, folder) -> dict[str, dict]:
         "HeadScores": {"values": scores},
         "Prefix": {**on, "ids": row},
         "Steering": {**on, "vectors": torch.zeros(n, h, d)},
+        "Trie": {"labels": {"red": [5]}, "end": 2},
         "Study": {"slug": "toy-paper", **DEFAULTS},
         "ablate": {**on, "heads": [(1, 1)]},
         "ablation_scores": {**on, "task": task, "progress": False},
@@ -299,10 +300,10 @@ def sense(model, folder) -> dict[str, dict]:
         "decode_rows": {**on, "ids": row},
         "direct_attribution": {**on, "task": task},
         "effective_embedding": {**on, "ids": row[0]},
+        "embed": {**on, "texts": ["two owls"]},
         "evaluate": {**on, "task": task},
         "examples": {**on, "pairs": [("a b", " c")]},
         "fit": {"trained": [torch.nn.Parameter(torch.ones(1))], "loss": lambda batch: batch, "data": [1, 2], "steps": 1},
-        "force_attention": {**on, "heads": [(1, 1)], "weights": torch.ones(1, 10) / 10},
         "head_activations": {**on, "texts": [row]},
         "head_means": {**on, "texts": [row]},
         "head_outputs": {**on, "layer": 1, "z": torch.zeros(1, 3, h, d)},
@@ -311,38 +312,32 @@ def sense(model, folder) -> dict[str, dict]:
         "load": {"name": "tiny-llama", "device": "cpu"},
         "logit_lens": {**on, "task": task},
         "lora": on,
-        "losses_under": {**on, "rows": [[10, 11, 12]], "conditions": {"cut": [(1, 1)]}},
         "output_projection": {**on, "layer": 1},
         "ov": {**on, "layer": 1, "head": 1},
         "ov_logits": {**on, "layer": 1, "head": 1, "x": torch.zeros(1, model.anatomy.d_model), "ids": row[0]},
-        "patching_scores": {**on, "task": task, "progress": False},
         "path_scores": {**on, "task": task, "progress": False},
         "prefill": {**on, "ids": row},
         "prompt_tuning": on,
         "qk": {**on, "layer": 1, "head": 1},
         "random_heads": {"like": [(1, 1)], "shape": (4, 4)},
-        "relabelled": {"lists": PAIRS, "kind": "copy"},
+        "ranking": {"scores": [[1.0, 2.0]], "relevant": [[0, 1]]},
         "retrieval_scores": {**on, "samples": [sample], "progress": False},
         "rouge1_recall": {"response": "a", "answer": "a"},
         "score_answers": {**on, "items": few},
         "score_documents": {**on, "documents": ["two owls"], "out": folder / "out", "conditions": {"cut": [(1, 1)]}},
         "successor_score": {**on, "lists": PAIRS},
-        "token_f1": {"prediction": "a", "answer": "a"},
         "token_losses": {**on, "rows": [[10, 11, 12]]},
+        "upper_stack": {**on, "texts": ["two owls"], "cut": 2},
         "tasks.Item": {"prompt": "a", "answer": "b", "foils": (), "corrupted": "c"},
         "tasks.Sample": vars(sample),
         "tasks.Task": {"name": "t", "ids": task.ids, "answers": task.answers, "foils": task.foils, "corrupted": task.corrupted},
-        "tasks.TokenList": {},  # a record
         "tasks.arithmetic": on,
         "tasks.build": {**on, "name": "t", "items": [item]},
         "tasks.colored_objects": on,
-        "tasks.facts": on,
         "tasks.haystack": {},
         "tasks.ioi": on,
         "tasks.needle": {**on, "lengths": [400], "source": ["a long way. " * 400]},
         "tasks.needles": {},
-        "tasks.succession": on,
-        "tasks.succession_lists": on,
         "tasks.word_pairs": {"name": "capitals"},
         "tasks.word_tasks": {},
         "tasks.words": {**on, "name": "capitals"},
@@ -366,11 +361,14 @@ SENSELESS = {
     "texts": [[], ["", ""]], "prompts": [[torch.zeros(1, 0).long()]], "data": [[]], "chosen": [[]],
     "documents": [None, {"text": "a"}, 3, Path("nowhere.jsonl")], "source": ["nowhere.txt", 3],
     "ids": [torch.zeros(1, 0).long()], "vectors": [torch.zeros(2, 2)], "z": [torch.zeros(1, 3, 9, 9)],
+    "labels": [{}, {"red": []}, {"red": [5], "Red": [5]}, {"red": [2]}], "cut": [0, 99, 1.5], "pool": ["nonsense"],
+    "scores": [[1.0], [[float("nan"), 1.0]]], "relevant": [[[0, 0]], [[0, 1, 1]]], "measures": [["nonsense"]],
     "weights": [torch.ones(3)], "reference": ["nonsense"], "function": [3],
 }  # fmt: skip
 # What an error may call the thing instead.
 CALLED = {"sets": "condition|head", "conditions": "condition|head", "like": "head", "receivers": "head", "ids": "prompt|token",
           "samples": "effects", "lengths": "tokens", "n": "prompts", "prompts": "prompt", "texts": "text", "values": "head scores",
+          "scores": "score", "labels": "label", "measures": "measure",
           "source": "haystack"}  # fmt: skip
 # Records of what somebody has checked before, and names that mean another thing there (a batch of examples).
 OTHER = {"Effects-source", "tasks.Task-foils", "answer_loss-batch", "Conditions-rows", "ablation_scores-reference",
@@ -379,7 +377,7 @@ NAMED = {"load", "tasks.word_pairs", "tasks.words"}  # elsewhere a name is any t
 PUBLIC = {name: getattr(heads, name) for name in heads.__all__}
 PUBLIC |= {f"tasks.{name}": getattr(heads.tasks, name) for name in heads.tasks.__all__}
 PUBLIC = {name: found for name, found in PUBLIC.items() if callable(found)}
-RECORDS = {"tasks.Item", "tasks.Sample", "tasks.TokenList"}
+RECORDS = {"tasks.Item", "tasks.Sample"}
 
 
 def cases():

@@ -116,14 +116,17 @@ class UpperStack:
         for i, row in enumerate(rows):
             states[i, : len(self._states[row])] = self._states[row]
         put = self._layers[self.cut].register_forward_pre_hook(lambda layer, args, kwargs: _instead(args, kwargs, states), with_kwargs=True)
+        before = [layer.__dict__.get("forward") for layer in self._layers[: self.cut]]  # nnsight's own, once a trace has run
         try:
             for layer, kind in zip(self._layers[: self.cut], self._kinds):
                 layer.forward = _passing(kind)
             return functional_call(self._body, dict(weights or {}), (), {**given, **self._plain})[0], mask
         finally:
             put.remove()
-            for layer in self._layers[: self.cut]:
-                layer.__dict__.pop("forward", None)
+            for layer, forward in zip(self._layers[: self.cut], before):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def pooled(self, rows: Sequence[int], weights: Mapping[str, torch.Tensor] | None = None, pool: str = "mean") -> torch.Tensor:
         """One vector `[row, d_model]` for each of some of the texts, as `heads.embed`; arguments as for a call."""
