@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 from heads.names import known, wholes
 from heads.tasks.base import Task
@@ -125,32 +126,54 @@ def evaluate(model, task: Task, metric: str | Metric = logit_difference, batch: 
     return torch.cat(values)
 
 
-def _sklearn(name: str, listed: bool) -> Callable:
-    """A measure of scikit-learn on one query; `listed`: it takes a list of queries."""
+@dataclass(frozen=True)
+class _Ranked:
+    """Rankings of all queries at once, `[query, item]`: scores (what is not ranked has none, -inf), relevant, kept."""
 
-    def measure(relevant: np.ndarray, scores: np.ndarray, ranked: np.ndarray) -> float:
+    scores: np.ndarray
+    relevant: np.ndarray
+    kept: np.ndarray
+
+    def ahead(self) -> np.ndarray:
+        """How many others stand before the first relevant item, `[query]`."""
+        best = np.where(self.relevant, self.scores, -np.inf).max(1, keepdims=True)
+        return ((self.scores >= best) & self.kept & ~self.relevant).sum(1)
+
+    def precision(self) -> np.ndarray:
+        """The share of relevant items among the first R, of R relevant ones, `[query]`."""
+        first = self.relevant.argsort(1, kind="stable")  # what ties with a relevant item stands before it
+        order = np.take_along_axis(first, np.take_along_axis(-self.scores, first, 1).argsort(1, kind="stable"), 1)
+        ranked, n = np.take_along_axis(self.relevant, order, 1), self.relevant.sum(1)
+        return (ranked & (np.arange(ranked.shape[1]) < n[:, None])).sum(1) / n
+
+    def area(self) -> np.ndarray:
+        """The area under the ROC curve by the sum of ranks (Mann and Whitney 1947), `[query]`; a tie counts half."""
+        n, others, out = self.relevant.sum(1), (self.kept & ~self.relevant).sum(1), (~self.kept).sum(1)
+        ranks = np.where(self.relevant, rankdata(self.scores, axis=1) - out[:, None], 0).sum(1)
+        return (ranks - n * (n + 1) / 2) / (n * others)
+
+    def each(self, name: str) -> np.ndarray:
+        """A measure of scikit-learn, query by query."""
         import sklearn.metrics
 
-        return getattr(sklearn.metrics, name)(*((relevant[None], scores[None]) if listed else (relevant, scores)))
+        rows = zip(self.scores, self.relevant, self.kept)
+        return np.array([getattr(sklearn.metrics, name)(right[keep][None], values[keep][None]) for values, right, keep in rows])
 
-    return measure
 
-
-# Of one query: (relevant `[item]`, scores `[item]`, relevant in the order of the scores) -> 0 to 1. What ties with a relevant
-# item stands before it, so that a constant ranks nothing well. What is of more than a line is scikit-learn's.
 RANKINGS = {
-    "hit@1": lambda relevant, scores, ranked: float(ranked[0]),
-    "MRR": lambda relevant, scores, ranked: 1 / (1 + ranked.argmax()),
-    "R-precision": lambda relevant, scores, ranked: ranked[: relevant.sum()].mean(),
-    "MAP": _sklearn("label_ranking_average_precision_score", True),
-    "AUC": _sklearn("roc_auc_score", False),
-    "nDCG": _sklearn("ndcg_score", True),
+    "hit@1": lambda found: (found.ahead() == 0).astype(float),
+    "MRR": lambda found: 1 / (1 + found.ahead()),
+    "R-precision": _Ranked.precision,
+    "MAP": lambda found: found.each("label_ranking_average_precision_score"),
+    "AUC": _Ranked.area,
+    "nDCG": lambda found: found.each("ndcg_score"),
 }
 
 
 def ranking(scores: ArrayLike, relevant: ArrayLike, measures: Iterable[str] = ("hit@1", "MRR", "R-precision", "MAP"),
             excluded: ArrayLike | None = None) -> dict[str, np.ndarray]:  # fmt: skip
-    """How well scores rank items for queries: `{measure: [query]}`.
+    """How well scores rank items for queries: `{measure: [query]}`, from 0 to 1. What ties with a relevant item stands
+    before it (in AUC it counts half; in nDCG both take their mean), so that a constant ranks nothing well.
 
     Args:
         scores: `[query, item]`, higher is better.
@@ -167,15 +190,11 @@ def ranking(scores: ArrayLike, relevant: ArrayLike, measures: Iterable[str] = ("
     kept = np.ones(scores.shape, bool) if excluded is None else ~np.asarray(excluded, bool)
     if scores.ndim != 2 or not scores.shape == relevant.shape == kept.shape:
         raise ValueError(f"scores {scores.shape}, relevant {relevant.shape} and excluded {kept.shape} must all be [query, item]")
-    found = {known("measure of a ranking", name, RANKINGS): np.empty(len(scores)) for name in measures}
-    for i, (values, right, keep) in enumerate(zip(scores, relevant, kept)):
-        values, right = values[keep], right[keep]
-        if not np.isfinite(values).all():
-            raise ValueError(f"query {i} has a score that is no number")
-        if not right.any() or "AUC" in found and right.all():
-            what = "irrelevant" if right.any() else "relevant"
-            raise ValueError(f"query {i} has no {what} item among the {len(right)} that are ranked: leave it out")
-        ranked = right[np.lexsort((right, -values))]
-        for name, column in found.items():
-            column[i] = RANKINGS[name](right, values, ranked)
-    return found
+    names, relevant = [known("measure of a ranking", name, RANKINGS) for name in measures], relevant & kept
+    if len(odd := np.flatnonzero((kept & ~np.isfinite(scores)).any(1))):
+        raise ValueError(f"query {odd[0]} has a score that is no number")
+    for what, answers in (("relevant", relevant), *([("irrelevant", kept & ~relevant)] if "AUC" in names else [])):
+        if len(odd := np.flatnonzero(~answers.any(1))):
+            raise ValueError(f"query {odd[0]} has no {what} item among the {kept[odd[0]].sum()} that are ranked: leave it out")
+    found = _Ranked(np.where(kept, scores, -np.inf), relevant, kept)
+    return {name: RANKINGS[name](found) for name in names}

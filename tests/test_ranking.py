@@ -34,7 +34,12 @@ def test_measures_are_those_of_sorting_by_hand(seed, items, queries):
     relevant = generator.random((queries, items)) < 0.4
     relevant[:, 0], relevant[:, 1] = True, False
     found = heads.ranking(scores, relevant, RANKINGS)
+    itself = generator.random((queries, items)) < 0.2
+    itself[:, :2] = False
+    kept = heads.ranking(scores, relevant, RANKINGS, excluded=itself)
     for i in range(queries):
+        left = by_hand(scores[i][~itself[i]], relevant[i][~itself[i]])
+        assert all(kept[name][i] == pytest.approx(left[name]) for name in left)
         expected = by_hand(scores[i], relevant[i])
         for name, column in found.items():
             assert column[i] == pytest.approx(expected[name]), name
