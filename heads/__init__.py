@@ -28,12 +28,15 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, successor_score
     from heads.lab.decoding import Conditions, decode_batch, decode_rows
     from heads.lab.documents import score_documents
+    from heads.lab.embedding import embed, upper_stack
     from heads.lab.paths import path_scores
+    from heads.lab.ranking import ranking
     from heads.lab.readings import attention_to, head_activations, head_means
     from heads.lab.retrieval import retrieval_scores, rouge1_recall
     from heads.lab.steering import Steering
     from heads.lab.sweeps import ablation_scores, patching_scores
     from heads.lab.training import fit
+    from heads.lab.tries import Trie
     from heads.lab.tuning import HeadWeights as head_weights
     from heads.lab.tuning import all_weights, lora, prompt_tuning
     from heads.metrics import evaluate

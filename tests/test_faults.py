@@ -287,6 +287,7 @@ def sense(model, folder) -> dict[str, dict]:
         "HeadScores": {"values": scores},
         "Prefix": {**on, "ids": row},
         "Steering": {**on, "vectors": torch.zeros(n, h, d)},
+        "Trie": {"labels": {"red": [5]}, "end": 2},
         "Study": {"slug": "toy-paper", **DEFAULTS},
         "ablate": {**on, "heads": [(1, 1)]},
         "ablation_scores": {**on, "task": task, "progress": False},
@@ -299,6 +300,7 @@ def sense(model, folder) -> dict[str, dict]:
         "decode_rows": {**on, "ids": row},
         "direct_attribution": {**on, "task": task},
         "effective_embedding": {**on, "ids": row[0]},
+        "embed": {**on, "texts": ["two owls"]},
         "evaluate": {**on, "task": task},
         "examples": {**on, "pairs": [("a b", " c")]},
         "fit": {"trained": [torch.nn.Parameter(torch.ones(1))], "loss": lambda batch: batch, "data": [1, 2], "steps": 1},
@@ -321,6 +323,7 @@ def sense(model, folder) -> dict[str, dict]:
         "prompt_tuning": on,
         "qk": {**on, "layer": 1, "head": 1},
         "random_heads": {"like": [(1, 1)], "shape": (4, 4)},
+        "ranking": {"scores": [[1.0, 2.0]], "relevant": [[0, 1]]},
         "relabelled": {"lists": PAIRS, "kind": "copy"},
         "retrieval_scores": {**on, "samples": [sample], "progress": False},
         "rouge1_recall": {"response": "a", "answer": "a"},
@@ -329,6 +332,7 @@ def sense(model, folder) -> dict[str, dict]:
         "successor_score": {**on, "lists": PAIRS},
         "token_f1": {"prediction": "a", "answer": "a"},
         "token_losses": {**on, "rows": [[10, 11, 12]]},
+        "upper_stack": {**on, "texts": ["two owls"], "cut": 2},
         "tasks.Item": {"prompt": "a", "answer": "b", "foils": (), "corrupted": "c"},
         "tasks.Sample": vars(sample),
         "tasks.Task": {"name": "t", "ids": task.ids, "answers": task.answers, "foils": task.foils, "corrupted": task.corrupted},
@@ -366,11 +370,14 @@ SENSELESS = {
     "texts": [[], ["", ""]], "prompts": [[torch.zeros(1, 0).long()]], "data": [[]], "chosen": [[]],
     "documents": [None, {"text": "a"}, 3, Path("nowhere.jsonl")], "source": ["nowhere.txt", 3],
     "ids": [torch.zeros(1, 0).long()], "vectors": [torch.zeros(2, 2)], "z": [torch.zeros(1, 3, 9, 9)],
+    "labels": [{}, {"red": []}, {"red": [5], "Red": [5]}, {"red": [2]}], "cut": [0, 99, 1.5], "pool": ["nonsense"],
+    "scores": [[1.0], [[float("nan"), 1.0]]], "relevant": [[[0, 0]], [[0, 1, 1]]], "measures": [["nonsense"]],
     "weights": [torch.ones(3)], "reference": ["nonsense"], "function": [3],
 }  # fmt: skip
 # What an error may call the thing instead.
 CALLED = {"sets": "condition|head", "conditions": "condition|head", "like": "head", "receivers": "head", "ids": "prompt|token",
           "samples": "effects", "lengths": "tokens", "n": "prompts", "prompts": "prompt", "texts": "text", "values": "head scores",
+          "scores": "score", "labels": "label", "measures": "measure",
           "source": "haystack"}  # fmt: skip
 # Records of what somebody has checked before, and names that mean another thing there (a batch of examples).
 OTHER = {"Effects-source", "tasks.Task-foils", "answer_loss-batch", "Conditions-rows", "ablation_scores-reference",
