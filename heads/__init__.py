@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.documents import score_documents
     from heads.lab.embedding import embed, upper_stack
     from heads.lab.paths import path_scores
+    from heads.lab.ranking import ranking
     from heads.lab.readings import attention_to, head_activations, head_means
     from heads.lab.retrieval import retrieval_scores, rouge1_recall
     from heads.lab.steering import Steering
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.tries import Trie
     from heads.lab.tuning import HeadWeights as head_weights
     from heads.lab.tuning import all_weights, lora, prompt_tuning
-    from heads.metrics import evaluate, ranking
+    from heads.metrics import evaluate
     from heads.model import anatomy, checks
     from heads.model import zoo as models
     from heads.model.load import load

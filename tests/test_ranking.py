@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import heads
-from heads.metrics import RANKINGS
+from heads.lab.ranking import RANKINGS
 
 
 def by_hand(scores, relevant) -> dict[str, float]:
