@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +21,7 @@ class _Ranked:
     relevant: np.ndarray
     kept: np.ndarray
 
+    @cached_property
     def ahead(self) -> np.ndarray:
         """How many others stand before the first relevant item, `[query]`."""
         best = np.where(self.relevant, self.scores, -np.inf).max(1, keepdims=True)
@@ -47,8 +49,8 @@ class _Ranked:
 
 
 RANKINGS = {
-    "hit@1": lambda found: (found.ahead() == 0).astype(float),
-    "MRR": lambda found: 1 / (1 + found.ahead()),
+    "hit@1": lambda found: (found.ahead == 0).astype(float),
+    "MRR": lambda found: 1 / (1 + found.ahead),
     "R-precision": _Ranked.precision,
     "MAP": lambda found: found.each("label_ranking_average_precision_score"),
     "AUC": _Ranked.area,
