@@ -42,7 +42,7 @@ bench: $(MODEL)  ## time and memory against named peers, or one: NAME=detect; NA
 refresh: $(MODEL)  ## execute the committed notebooks again (PAPER=slug for one)
 	$(HEADS) run $(or $(PAPER),--all) --refresh $(ARGS)
 
-setup: $(MODEL)  ## only create the environment and fetch the default model
+setup: $(MODEL)  ## only create the environment and fetch the default models
 
 clean:  ## remove runs and caches (not the environment, figures or models)
 	rm -rf runs build dist heads.egg-info .pytest_cache .hypothesis
@@ -86,4 +86,5 @@ $(READY): pyproject.toml
 
 $(MODEL): $(READY)
 	$(HEADS) fetch
+	$(HEADS) fetch minilm
 	@touch $@

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.course.study import Study
     from heads.lab import circuits
     from heads.lab import training as train
-    from heads.lab.ablation import ablate, force_attention
-    from heads.lab.answers import answer_loss, examples, losses_under, score_answers, token_losses
+    from heads.lab.ablation import ablate
+    from heads.lab.answers import answer_loss, examples, score_answers, token_losses
     from heads.lab.attribution import attribution_patching, direct_attribution, logit_lens
     from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, successor_score
     from heads.lab.decoding import Conditions, decode_batch, decode_rows
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.readings import attention_to, head_activations, head_means
     from heads.lab.retrieval import retrieval_scores, rouge1_recall
     from heads.lab.steering import Steering
-    from heads.lab.sweeps import ablation_scores, patching_scores
+    from heads.lab.sweeps import ablation_scores
     from heads.lab.training import fit
     from heads.lab.tries import Trie
     from heads.lab.tuning import HeadWeights as head_weights
@@ -46,8 +46,6 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.model.prefix import Prefix, prefill
     from heads.model.weights import head_outputs, output_projection
     from heads.scores import Effects, HeadScores, random_heads
-    from heads.tasks.facts import token_f1
-    from heads.tasks.succession import relabelled
 
 sys.modules[__name__].__class__ = lazily(__name__, __file__)
 __all__ = sorted(sys.modules[__name__].HOMES)

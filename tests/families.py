@@ -62,7 +62,7 @@ OWN = {  # what a few need beside
 def build(kind: str) -> torch.nn.Module:
     """A small random model of this type; weights as those of `heads.model.tiny`."""
     if kind in FAMILIES:
-        return tiny.build(kind.removesuffix("_text").replace("_", "-"))[0]
+        return tiny.build(kind.removesuffix("_text").replace("_", "-"), whole=False)[0]
     config = small(type(AutoConfig.for_model(kind)), OWN.get(kind, {}))
     auto = AutoModelForMaskedLM if kind in ENCODERS and kind not in DECODERS else AutoModelForCausalLM
     auto = auto if type(config) in auto._model_mapping else AutoModelForImageTextToText
@@ -335,7 +335,7 @@ def tried(kind: str) -> dict[str, str]:
         except Exception as error:  # noqa: BLE001 - whatever stops it is the answer
             return {"built": _words(error)}
         try:
-            model = wrap(module, tiny.tokenizer())
+            model = wrap(module, tiny.tokenizer(whole=False))
             model.record = {"name": f"small {kind}", "revision": None, "sha256": None}
             identities(model)
         except Exception as error:  # noqa: BLE001

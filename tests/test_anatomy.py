@@ -7,7 +7,7 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
-from conftest import DECODERS, ENCODERS, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from conftest import DECODERS, ENCODERS, fresh, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from families import MARK
 from toys import naive, toy
 from transformers.cache_utils import DynamicCache
@@ -348,7 +348,7 @@ def mixed():
 
 @pytest.mark.parametrize("family", TINY)
 def test_a_slice_of_the_attention_output_fails_the_knock_out(family, monkeypatch):
-    model = heads.load(f"tiny-{family}", device="cpu")
+    model = fresh(family)
     monkeypatch.setattr(Attention, "heads", mixed())
     for layer in model.layers:
         layer.attn.proj_output = layer.attn.proj_input.removesuffix("input") + "output"
@@ -357,7 +357,7 @@ def test_a_slice_of_the_attention_output_fails_the_knock_out(family, monkeypatch
 
 
 def test_heads_read_in_the_wrong_place_do_not_sum(monkeypatch):
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     monkeypatch.setattr(Attention, "heads", mixed())
     for layer in model.layers:
         layer.attn.proj_output = layer.attn.proj_input.removesuffix("input") + "output"
@@ -368,14 +368,14 @@ def test_heads_read_in_the_wrong_place_do_not_sum(monkeypatch):
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("n_heads", [2, 8])
 def test_a_wrong_number_of_heads_in_any_layer_is_named(layer, n_heads):
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     model.layers[layer].attn.n_heads = n_heads
     with pytest.raises(checks.IdentityError, match=f"layer {layer}"):
         checks.identities(model)
 
 
 def test_an_edit_that_does_not_arrive_is_named(monkeypatch):
-    model = heads.load("tiny-gpt2", device="cpu")
+    model = fresh("gpt2")
     monkeypatch.setattr(Attention.heads, "_transform", None)
     monkeypatch.setattr(Attention.heads, "_preprocess", lambda self, value: value[0][0].clone().view(1, 6, self.n_heads, -1))
     with pytest.raises(checks.IdentityError, match="does not reach the model"):
@@ -383,7 +383,7 @@ def test_an_edit_that_does_not_arrive_is_named(monkeypatch):
 
 
 def test_writing_back_something_else_is_named(monkeypatch):
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     monkeypatch.setattr(Attention.heads, "_transform", lambda self, view, raw: ((view.flatten(-2) * 1.00001,), raw[1]))
     with pytest.raises(checks.IdentityError, match="writing every head back"):
         checks.identities(model)
@@ -412,7 +412,7 @@ def test_heads_are_sorted_and_checked(llama):
 
 
 def test_an_unsupported_part_is_named():
-    module, tokenizer = heads.model.tiny.build("gpt2")
+    module, tokenizer = heads.model.tiny.build("gpt2", whole=False)
     with pytest.raises(ValueError, match="no layers in a gpt2 model"):
         heads.anatomy.bind(Model(module, tokenizer=tokenizer))
 
@@ -427,9 +427,9 @@ def test_the_anatomy_prints_its_counts():
 def test_heads_may_be_an_iterator(llama):
     """Read once: a generator that is checked is not empty afterwards."""
     assert llama.anatomy.check(pair for pair in [(2, 1), (0, 3)]) == [(0, 3), (2, 1)]
-    w, ids = torch.eye(12)[:1], ids_of(llama)
-    found = logits_of(heads.force_attention(llama, ((1, h) for h in range(4)), w), ids)
-    assert torch.equal(found, logits_of(heads.force_attention(llama, [(1, h) for h in range(4)], w), ids))
+    ids = ids_of(llama)
+    found = logits_of(heads.ablate(llama, ((1, h) for h in range(4))), ids)
+    assert torch.equal(found, logits_of(heads.ablate(llama, [(1, h) for h in range(4)]), ids))
     assert not torch.equal(found, logits_of(llama, ids))
 
 

@@ -6,7 +6,6 @@ from conftest import ids_of, logits_of, near, plain_logits, plain_of, tiny
 from toys import eager
 
 import heads
-from heads.lab.ablation import force_attention
 from heads.lab.readings import attention_to
 from heads.tasks.base import Task
 
@@ -94,44 +93,34 @@ def halves(task: Task, *roles: str) -> torch.Tensor:
     return chosen / chosen.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("where", ["last", "number", "each"])
-def test_forced_rows_equal_a_computation_by_hand(any_model, where):
+def forced(model, chosen, weights, at):
+    """The model with rows of attention `[prompt, key]` in place of what some heads look at from `at`."""
+    with model.edit() as (tracer, edited):
+        for _ in tracer.iter[:]:
+            for layer, head in sorted(chosen):
+                edited.layers[layer].attn.pattern[:, head, at] = weights
+    return edited
+
+
+def test_forced_rows_equal_a_computation_by_hand(any_model):
     task, plain = task_of(any_model, 3), plain_of(any_model)
     weights = halves(task, "subject", "object")
-    each = torch.tensor([13, -1, 17]), torch.tensor([13, 19, 17])
-    given, at = {"last": (-1, 19), "number": (14, 14), "each": each}[where]
-    found = logits_of(force_attention(any_model, CHOSEN, weights, given), task.ids)
-    near(found, forced_by_hand(plain, task.ids, CHOSEN, weights, at))
+    found = logits_of(forced(any_model, CHOSEN, weights, 14), task.ids)
+    near(found, forced_by_hand(plain, task.ids, CHOSEN, weights, 14))
     assert (found - plain_logits(any_model, task.ids)).abs().max() > 1e-2
 
 
-def test_any_row_may_be_forced_and_one_serves_all(decoder):
-    task, plain = task_of(decoder, 3), plain_of(decoder)
-    row = torch.rand(1, 20, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    found = logits_of(force_attention(decoder, CHOSEN, row), task.ids)
-    near(found, forced_by_hand(plain, task.ids, CHOSEN, row.expand(3, -1), 19))
-
-
-def test_the_rows_that_are_there_change_nothing(decoder):
-    task = task_of(decoder, 3)
-    rows = patterns(decoder, task.ids)[1, :, 2, -1]
-    near(logits_of(force_attention(decoder, [(1, 2)], rows), task.ids), plain_logits(decoder, task.ids))
-
-
-def test_no_heads_change_nothing_to_the_bit_and_the_original_stays(decoder):
+def test_the_rows_that_are_there_change_nothing_and_the_original_stays(decoder):
     task, before = task_of(decoder, 3), plain_logits(decoder, task_of(decoder, 3).ids)
-    weights = halves(task, "subject")
-    assert torch.equal(logits_of(force_attention(decoder, [], weights), task.ids), before)
-    force_attention(decoder, CHOSEN, weights)
+    rows = patterns(decoder, task.ids)[1, :, 2, -1]
+    near(logits_of(forced(decoder, [(1, 2)], rows, -1), task.ids), before)
     assert torch.equal(logits_of(decoder, task.ids), before)
 
 
-def test_forcing_stacks_with_ablation_and_with_itself(decoder):
+def test_forcing_stacks_with_ablation(decoder):
     task, plain = task_of(decoder, 3), plain_of(decoder)
     weights = halves(task, "subject", "object")
-    twice = force_attention(force_attention(decoder, [(0, 1)], weights), [(2, 3), (2, 0)], weights)
-    near(logits_of(twice, task.ids), forced_by_hand(plain, task.ids, CHOSEN, weights, 19))
-    cut = heads.ablate(force_attention(decoder, [(0, 1)], weights), [(2, 1)], positions=[4])
+    cut = heads.ablate(forced(decoder, [(0, 1)], weights, -1), [(2, 1)], positions=[4])
 
     def change(layer, z):
         if layer == 2:
@@ -140,58 +129,6 @@ def test_forcing_stacks_with_ablation_and_with_itself(decoder):
 
     with plain.edited(change):
         near(logits_of(cut, task.ids), forced_by_hand(plain, task.ids, [(0, 1)], weights, 19))
-
-
-def test_the_prompt_is_forced_and_what_follows_is_not(decoder):
-    """Greedy decoding with a cache: the forced position writes its keys and values once, later tokens look freely."""
-    task, plain = task_of(decoder, 3), plain_of(decoder)
-    weights = halves(task, "subject", "object")
-    edited = force_attention(decoder, CHOSEN, weights)
-    with edited.generate(task.ids, max_new_tokens=3, min_new_tokens=3, do_sample=False) as tracer:
-        found = tracer.result.save()
-    ids = task.ids
-    for _ in range(3):
-        wide = torch.nn.functional.pad(weights, (0, ids.shape[1] - 20))
-        logits = forced_by_hand(plain, ids, CHOSEN, wide, 19)[:, -1]
-        logits[:, plain.module.config.eos_token_id] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(found, ids)
-
-
-@pytest.mark.parametrize(
-    "change, error, words",
-    [
-        (dict(weights=torch.full((3, 20), 0.1)), ValueError, "row 0 sums to 2"),
-        (dict(weights=torch.tensor([[1.5, -0.5] + [0] * 18])), ValueError, "no negative"),
-        (dict(weights=torch.eye(20)[[3, 15, 4]], position=10), ValueError, "row 1 looks into the future.*position 10"),
-        (dict(weights=torch.eye(20)[[3, 5, 4]], position=torch.tensor([9, 4, 9])), ValueError, "row 1 looks.*position 4"),
-        (dict(weights=torch.eye(20)[0]), ValueError, r"\[prompt, key\]"),
-        (dict(position=20), IndexError, "position 20 does not exist.*20 keys"),
-        (dict(position=torch.tensor([1, 2])), ValueError, "one for each of 3 rows"),
-        (dict(position=1.7), TypeError, "a position is a whole number, not 1.7"),
-        (dict(position=torch.tensor([1.0, 2.5, 3.0])), TypeError, "a whole number, not 1.0"),
-        (dict(position=True), TypeError, "a whole number, not True"),
-        (dict(heads=[(0, 9)]), IndexError, r"head \(0, 9\) does not exist"),
-    ],
-)
-def test_bad_rows_are_refused(llama, change, error, words):
-    arguments = dict(heads=CHOSEN, weights=torch.eye(20)[[1, 2, 3]], position=-1) | change
-    with pytest.raises(error, match=words):
-        force_attention(llama, **arguments)
-
-
-@pytest.mark.parametrize("rows, length", [(2, 20), (3, 19)])
-def test_a_batch_that_does_not_fit_is_refused(llama, rows, length):
-    edited = force_attention(llama, CHOSEN, torch.eye(20)[[1, 2, 3]])
-    with pytest.raises(Exception, match=f"for 3 rows of 20 tokens, but this batch has {rows} of {length}"):
-        logits_of(edited, ids_of(llama, length, rows))
-
-
-def test_an_encoder_may_look_ahead():
-    model = tiny("bert")
-    task, weights = task_of(model, 3), torch.eye(20)[[15, 16, 17]]
-    found = logits_of(force_attention(model, CHOSEN, weights, 4), task.ids)
-    near(found, forced_by_hand(plain_of(model), task.ids, CHOSEN, weights, 4))
 
 
 def test_no_roles_are_refused(llama):
@@ -217,15 +154,3 @@ def test_batches_are_whole_numbers(llama):
             heads.head_means(llama, ["ab"], batch=batch)
     with pytest.raises(TypeError, match="a position is a whole number, not 0.5"):
         heads.head_activations(llama, ["ab"], 0.5)
-
-
-def test_every_prompt_has_its_row_over_its_beams(llama):
-    task = task_of(llama, 2)
-    weights, options = halves(task, "subject", "object"), {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2}
-    with force_attention(llama, CHOSEN, weights).generate(task.ids, do_sample=False, **options) as tracer:
-        together = tracer.result.save()
-    for row in range(2):
-        alone = force_attention(llama, CHOSEN, weights[row : row + 1])
-        with alone.generate(task.ids[row : row + 1], do_sample=False, **options) as tracer:
-            found = tracer.result.save()
-        assert torch.equal(together[row], found[0])

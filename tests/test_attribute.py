@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ids_of, near, plain_of, tiny
+from conftest import fresh, ids_of, near, plain_of, tiny
 
 import heads
 from heads.lab.attribution import attribution_patching, direct_attribution, logit_lens
@@ -122,13 +122,13 @@ def test_a_metric_that_is_not_linear_is_linearised(llama):
 
 
 def test_half_precision_adds_up_too():
-    model, task = heads.load("tiny-llama", device="cpu", dtype="bfloat16"), task_of(tiny("llama"))
+    model, task = fresh("llama", dtype="bfloat16"), task_of(tiny("llama"))
     found, exact = direct_attribution(model, task), direct_attribution(tiny("llama"), task)
     assert abs(found.samples - exact.samples).max() < 0.05 * abs(exact.samples).max() + 0.1
 
 
 def test_a_stream_that_does_not_add_up_is_refused():
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     module = model.layers[1]._module
     module.register_forward_hook(lambda _, args, out: out * 1.5)
     with pytest.raises(ValueError, match="does not sum to the residual stream"):
@@ -275,5 +275,6 @@ def test_gradients_are_taken_under_inference_mode_too(llama, function):
 def test_gradients_flow_past_forced_attention(llama):
     task = task_of(llama)
     length = task.ids.shape[1]
-    forced = heads.force_attention(llama, [(2, 1)], torch.full((1, length), 1 / length))
+    with llama.edit() as (tracer, forced):
+        forced.layers[2].attn.pattern[:, 1, -1] = torch.full((length,), 1 / length)
     assert abs(heads.attribution_patching(forced, task).values[0]).max() > 0

@@ -9,13 +9,12 @@ from transformers import AutoTokenizer
 
 import heads.model.tiny
 import heads.model.zoo
-from heads.tasks import arithmetic, base, colored_objects, ioi, succession, succession_lists, word_pairs, word_tasks, words
+from heads.tasks import arithmetic, base, colored_objects, ioi, word_pairs, word_tasks, words
 from heads.tasks.arithmetic import OPERATIONS, TEMPLATES
 from heads.tasks.ioi import NAMES
 from heads.tasks.ioi import TEMPLATES as SENTENCES
-from heads.tasks.succession import LISTS
 
-BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(), record={"name": "bytes"})
+BYTES = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(whole=False), record={"name": "bytes"})
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +30,6 @@ EVERY = {
     "arithmetic": lambda m, **k: arithmetic(m, **{"n": 12, **k}),
     "arithmetic, operator": lambda m, **k: arithmetic(m, **{"n": 12, "counterfactual": "operator", **k}),
     "arithmetic, noun": lambda m, **k: arithmetic(m, **{"n": 12, "operation": "subtraction", "template": "noun", **k}),
-    "succession": lambda m, **k: succession(m, "months", **k),
-    "succession, shuffled": lambda m, **k: succession(m, ["days", "letters"], **{"corruption": "shuffled", **k}),
     "words": lambda m, **k: words(m, "capitals", **{"foils": 3, **k}),
     "words, partial": lambda m, **k: words(m, "english-french", **{"partial": True, "split": "test", **k}),
     "words, nothing shown": lambda m, **k: words(m, "antonyms", **{"shots": 0, **k}),
@@ -89,9 +86,6 @@ def test_a_number_of_prompts_is_a_whole_number_from_one(model, family, n):
         (lambda m: arithmetic(m, operation="adition"), "no operation 'adition'. Did you mean 'addition'"),
         (lambda m: arithmetic(m, template="symbol"), "no template of arithmetic 'symbol'. Did you mean 'symbols'"),
         (lambda m: arithmetic(m, counterfactual="operators"), "Did you mean 'operator"),
-        (lambda m: succession(m, "monts"), "no list 'monts'. Did you mean 'months'"),
-        (lambda m: succession(m, "days", corruption="shuffle"), "Did you mean 'shuffled'"),
-        (lambda m: succession_lists(m, ["dys"]), "no list 'dys'. Did you mean 'days'"),
         (lambda m: words(m, "capital"), "no word task 'capital'. Did you mean 'capitals'"),
         (lambda m: words(m, "capitals", split="valid"), "no split 'valid'.* Known: train, test"),
         (lambda m: word_tasks("morfology"), "no family of word tasks 'morfology'. Did you mean 'morphology'"),
@@ -109,11 +103,6 @@ def test_unknown_names_are_refused_with_the_nearest(model, make, words):
         (lambda m: arithmetic(m, n=37), "37 prompts asked for, but there are 36: ask for at most 36"),
         (lambda m: arithmetic(m, shots=33), "shots=33: 36 calculations allow 0 to 32 examples"),
         (lambda m: arithmetic(m, largest=2), "largest=2: expected a whole number from 3"),
-        (lambda m: succession(m, "days", n=8), "8 prompts asked for, but there are 7"),
-        (lambda m: succession(m, "days", length=1), "length=1: at least 2, and fewer than the items of days"),
-        (lambda m: succession(m, ["months", "days"], length=7), "length=7: at least 2, and fewer"),
-        (lambda m: succession(m, []), "fewer than the items of a list"),
-        (lambda m: succession(m, "day prefixes"), "no 5 neighbours are one token each"),
         (lambda m: words(m, "capitals", shots=0, n=1000), "1000 prompts asked for, but there are"),
         (lambda m: words(m, "capitals", shots=1, n=100_000), "100000 different prompts asked for, but only"),
         (lambda m: words(m, "capitals", shots=1000), "too few for 1000 examples; partial=True"),
@@ -127,9 +116,8 @@ def test_what_cannot_be_made_is_refused(model, make, words):
         make(model)
 
 
-def test_a_tokenizer_of_bytes_has_sums_and_letters_but_no_words():
-    assert len(arithmetic(BYTES)) == 36 and len(succession(BYTES, "numbers")) == 6
-    assert {found.name for found in succession_lists(BYTES)} == {"numbers", "letters"}
+def test_a_tokenizer_of_bytes_has_sums_but_no_words():
+    assert len(arithmetic(BYTES)) == 36
     with pytest.raises(ValueError, match="one token for 0 of .* names"):
         ioi(BYTES)
     with pytest.raises(ValueError, match="one token for 0 of 17 objects"):
@@ -156,8 +144,6 @@ def test_single_tokens_are_told_from_pieces(model):
 def test_what_a_tokenizer_cannot_do_is_dropped_with_its_reason(model):
     assert ("leash", "2 tokens") in colored_objects(model, 4).dropped
     assert ("Croatia: Zagreb", "the answer is 3 tokens") in words(model, "capitals").dropped
-    assert ("10", "2 tokens") in succession(model, "numbers").dropped
-    assert any("tokens, most have" in reason for _, reason in succession(model, "number words").dropped)
 
 
 # ---------------------------------------------------------------------------------------------------- ioi
@@ -253,54 +239,6 @@ def test_all_one_digit_calculations_are_asked_once(model, operation, total):
     task = arithmetic(model, operation=operation)
     assert len(task) == total == len({prompt.rpartition("\n")[2] for prompt in task.prompts})
     assert len(arithmetic(model, operation=operation, shots=0)) == total
-
-
-# --------------------------------------------------------------------------------------------- succession
-
-
-@pytest.mark.parametrize("name", ["numbers", "number words", "ordinals", "days", "months", "month prefixes", "letters"])
-@pytest.mark.parametrize("corruption", ["window", "shuffled"])
-def test_the_answer_is_the_next_of_the_list(model, name, corruption):
-    task, whole = succession(model, name, corruption=corruption), list(LISTS[name])
-    for i, prompt in enumerate(task.prompts):
-        shown = prompt.strip().rstrip(",").split(", ")
-        after = whole[(whole.index(shown[-1]) + 1) % len(whole)]
-        assert model.tokenizer.decode(task.answers[i]).strip() == after
-        assert [token(model, task, f"element {k}", i) for k in (1, 2, 3)] == shown[:3]
-        assert token(model, task, "last", i) == shown[3]
-        options = {t.strip() for t in tokens(model, task.foils[i])}
-        assert after not in options and len(options) == task.foils.shape[1] and {*shown} <= options <= {*whole}
-        twin = model.tokenizer.decode(task.corrupted[i]).strip().rstrip(",").split(", ")
-        in_order = [whole[(whole.index(x) + 1) % len(whole)] == y for x, y in zip(twin, twin[1:])]
-        assert after not in twin or corruption == "window"
-        if corruption == "window":
-            assert all(in_order) and twin[-1] != shown[-1]
-        else:
-            assert not any(in_order) and twin[-1] == shown[-1]
-
-
-def test_lists_that_go_round_go_round_and_others_end(model):
-    assert len(succession(model, "days")) == 7 and len(succession(model, "months")) == 12
-    assert len(succession(model, "letters")) == 22
-    assert len(succession(model, "letters", length=2, n=5)) == 5
-
-
-def test_token_lists_are_the_tokens_of_the_list(model):
-    found = succession_lists(model, least=1)
-    assert len(found) == len({(f.name, f.form) for f in found}) and sum(len(f.pairs) for f in found) > 200
-    for one in found:
-        whole, cyclic = LISTS[one.name], one.name.startswith(("day", "month"))
-        assert tokens(model, one.ids) == list(one.texts)
-        for text, place in zip(one.texts, one.index.tolist()):
-            assert text.strip().lower() == whole[place].lower() and text.startswith(" ") == one.form.startswith("space")
-            assert (text.strip() == whole[place]) != ("flipped" in one.form) or not text.strip().isalpha()
-        for a, b in one.pairs.tolist():
-            step = int(one.index[b] - one.index[a])
-            assert step == 1 or (cyclic and step == 1 - len(whole))
-    days = next(f for f in found if (f.name, f.form) == ("days", "space"))
-    assert days.pairs.tolist() == [[i, (i + 1) % 7] for i in range(7)]
-    assert all(len(f.pairs) >= 4 for f in succession_lists(model))
-    assert {f.name for f in succession_lists(model, "days")} == {"days"}
 
 
 # -------------------------------------------------------------------------------------------------- words

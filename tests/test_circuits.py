@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ids_of, near, plain_of, tiny
+from conftest import fresh, ids_of, near, plain_of, tiny
 
 from heads.lab.circuits import (
     KINDS,
@@ -15,7 +15,6 @@ from heads.lab.circuits import (
     successor_score,
 )  # fmt: skip
 from heads.model.weights import norm
-from heads.tasks.succession import relabelled
 
 HEADS = [(0, 0), (1, 3), (3, 2)]
 
@@ -34,6 +33,19 @@ def test_a_norm_taken_apart_is_the_norm(decoder):
         u, parts = random_streams(decoder, seed=1), norm(module)
         bias = 0 if parts.bias is None else u @ parts.bias
         near((x * parts.back(u)).sum(-1) / parts.scale(x).squeeze(-1) + bias, (module(x) * u).sum(-1))
+
+
+def test_a_norm_with_one_large_weight_is_still_told_from_the_same_norm_of_one_more():
+    """Within 2 % of its largest number, w and 1 + w are both near where a weight is 162, as in Gemma 3 270M."""
+    module = tiny("gemma3").layers[0].input_layernorm._module
+    x = random_streams(tiny("gemma3"))
+    kept = module.weight.detach().clone()
+    with torch.no_grad():
+        try:
+            module.weight.copy_(torch.linspace(0, 1, len(kept))).put_(torch.tensor([-1]), torch.tensor([162.0]))
+            near(norm(module)(x), module(x))
+        finally:
+            module.weight.copy_(kept)
 
 
 def test_a_module_that_is_no_norm_is_refused():
@@ -200,15 +212,6 @@ def test_effective_embeddings_may_be_handed_over(llama, effective):
         successor_score(llama, LISTS, x[..., 1:, :])
 
 
-def test_lists_come_as_the_tasks_make_them(llama):
-    from types import SimpleNamespace
-
-    made = [SimpleNamespace(name=name, form="bare", ids=ids, pairs=pairs) for name, (ids, pairs) in LISTS.items()]
-    found, same = successor_score(llama, made), successor_score(llama, LISTS)
-    assert (found.values == same.values).all() and list(found.lists) == ["open, bare", "cyclic, bare"]
-    assert list(relabelled(made, "copy")) == ["open, bare", "cyclic, bare"]
-
-
 def test_the_input_token_may_be_left_out(llama):
     found = successor_score(llama, LISTS, with_input=False)
     slow = torch.cat([slow_hits(llama, *lists, "mlp0", with_input=False) for lists in LISTS.values()])
@@ -239,7 +242,7 @@ def test_a_planted_successor_head_is_found():
     """Write a head that maps each item's input to its successor: the score sees it, copying and predecessors do not."""
     import heads
 
-    model = heads.load("tiny-llama", device="cpu")
+    model = fresh("llama")
     ids, pairs = torch.tensor([77, 80, 91, 103, 120, 130]), torch.tensor([[i, (i + 1) % 6] for i in range(6)])
     x = input_norm(model, 2)(effective_embedding(model, ids))
     unembed = model.unembed._module.weight[ids].float() * norm(model.final_norm._module).weight
@@ -251,22 +254,7 @@ def test_a_planted_successor_head_is_found():
     lists = {"planted": (ids, pairs)}
     assert successor_score(model, lists).top(1) == [(2, 1)] and successor_score(model, lists)[2, 1] == 1
     assert copying_score(model, lists)[2, 1] == 0
-    assert successor_score(model, relabelled(lists, "predecessor"))[2, 1] == 0
-
-
-def test_relabelled_lists_keep_the_shape_of_the_order():
-    ids, pairs = LISTS["cyclic"]
-    shuffled = relabelled(LISTS, "permutation", seed=3)
-    for name in LISTS:
-        assert shuffled[name][1].shape == LISTS[name][1].shape and torch.equal(shuffled[name][0], LISTS[name][0])
-        assert (shuffled[name][1][:, 0] != shuffled[name][1][:, 1]).all()
-    follow = dict(shuffled["cyclic"][1].tolist())
-    walk = [0]
-    while follow[walk[-1]] not in walk:
-        walk.append(follow[walk[-1]])
-    assert len(walk) == 4, "a permuted cycle is one cycle"
-    assert torch.equal(relabelled(relabelled(LISTS, "predecessor"), "predecessor")["cyclic"][1], pairs)
-    assert torch.equal(relabelled(LISTS, "copy")["cyclic"][1], pairs[:, :1].expand(-1, 2))
+    assert successor_score(model, {"turned round": (ids, pairs.flip(1))})[2, 1] == 0
 
 
 @pytest.mark.parametrize(
@@ -285,7 +273,5 @@ def test_bad_lists_are_refused(llama, lists, words):
 
 
 def test_bad_maps_are_refused(llama):
-    with pytest.raises(LookupError, match="'backwards'. Known: predecessor, copy, permutation"):
-        relabelled(LISTS, "backwards")
     with pytest.raises(ValueError, match="maps a token to itself"):
-        successor_score(llama, relabelled(LISTS, "copy"), with_input=False)
+        successor_score(llama, {"copy": (torch.arange(5, 9), torch.arange(4)[:, None].expand(-1, 2))}, with_input=False)

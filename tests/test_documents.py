@@ -73,16 +73,6 @@ def test_starting_at_the_first_edited_layer_changes_nothing(decoder, tmp_path, k
             assert ours[f"loss_{name}"] == pytest.approx(theirs[f"loss_{name}"], abs=2e-5)
 
 
-def test_losses_under_conditions_equal_those_of_edited_models_token_by_token(decoder):
-    rows = [decoder.tokenizer(item["text"]).input_ids for item in corpus(5)]
-    sets = {"base": [], "high": [(2, 1), (3, 3)], "edited": heads.ablate(decoder, CHOSEN)}
-    found = heads.losses_under(decoder, rows, sets, "uniform", tokens=150)
-    edited = {"base": decoder, "high": heads.ablate(decoder, sets["high"], "uniform"), "edited": sets["edited"]}
-    for name in sets:
-        for ids, ours in zip(rows, found[name], strict=True):
-            near(ours, token_losses(edited[name], [ids])[0])
-
-
 def test_a_condition_may_be_any_edited_model(llama, tmp_path):
     edited = heads.ablate(llama, CHOSEN)
     score_documents(llama, corpus(3), tmp_path / "a", {"x": edited})
@@ -116,14 +106,14 @@ def test_windows_end_at_so_many_documents_or_characters():
     assert found == [[0, 1, 2], [3], [4, 5, 6], [7]]
 
 
-def test_a_condition_on_an_edited_model_keeps_its_edits(llama):
+def test_a_condition_on_an_edited_model_keeps_its_edits(llama, tmp_path):
     """Those below the condition's first layer, too, which a clean start there would spare."""
-    rows = [llama.tokenizer(item["text"]).input_ids for item in corpus(3)]
-    edited = heads.ablate(llama, [(0, 1)])
-    found = heads.losses_under(edited, rows, {"base": [], "late": torch.tensor([[3, 0]])})
-    for name, model in (("base", edited), ("late", heads.ablate(edited, [(3, 0)]))):
-        for ids, ours in zip(rows, found[name], strict=True):
-            near(ours, token_losses(model, [ids])[0])
+    edited, late = heads.ablate(llama, [(0, 1)]), torch.tensor([[3, 0]])
+    score_documents(edited, corpus(3), tmp_path / "a", {"base": [], "late": late})
+    score_documents(llama, corpus(3), tmp_path / "b", {"base": edited, "late": heads.ablate(edited, [(3, 0)])})
+    for ours, theirs in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
+        for name in ("base", "late"):
+            assert ours[f"loss_{name}"] == pytest.approx(theirs[f"loss_{name}"], abs=2e-5)
 
 
 # ------------------------------------------------------------------------------ nothing is lost

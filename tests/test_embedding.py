@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import near, tiny
+from conftest import ENCODERS, near, tiny
+from transformers import AutoModel
 
 import heads
 from heads.lab import embedding
+from heads.model import load, zoo
 
 TEXTS = ["a baker", "wine", "nuclear engineers of the north", "東京 タワー", "Ω"]
 CUTS = ("bert", "distilbert", "modernbert", "roberta", "gpt2", "llama", "gemma3", "mistral", "opt", "gpt-neox", "mixtral")
@@ -123,3 +125,53 @@ def test_layers_that_do_not_give_what_the_whole_model_gives_are_refused(monkeypa
     monkeypatch.setattr(embedding, "_instead", lambda args, kwargs, states: ((states * 1.1, *args[1:]), kwargs))
     with pytest.raises(ValueError, match="do not give what this llama model gives"):
         heads.upper_stack(tiny("llama"), TEXTS, 2)
+
+
+# ------------------------------------------------------------------------- encoders without a word head
+
+
+def headless(family, folder) -> str:
+    module, tokenizer = heads.model.tiny.build(family, whole=False)
+    module.base_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_without_a_word_head_has_the_same_layers(family, tmp_path):
+    model, whole = heads.load(headless(family, tmp_path), device="cpu"), tiny(family)
+    assert model.anatomy == whole.anatomy
+    ids = model.ids("two owls")
+    with model.trace(ids):
+        bare = model.layers[2].attn.heads.save()
+    with whole.trace(ids):
+        full = whole.layers[2].attn.heads.save()
+    near(bare, full)
+    near(heads.embed(model, TEXTS).pooled, heads.embed(whole, TEXTS).pooled)
+    near(heads.upper_stack(model, TEXTS, 2).pooled([1, 2]).detach(), heads.embed(whole, TEXTS).pooled[1:3])
+    with pytest.raises(ValueError, match="no head that predicts words"):
+        with model.trace(ids):
+            model.logits.save()
+
+
+def test_a_module_without_a_word_head_is_wrapped(tmp_path):
+    folder = headless("bert", tmp_path)
+    model = load.wrap(AutoModel.from_pretrained(folder), tiny("bert").tokenizer)
+    near(heads.embed(model, TEXTS).pooled, heads.embed(tiny("bert"), TEXTS).pooled)
+
+
+def test_minilm_is_what_the_zoo_says():
+    model = heads.load("minilm", device="cpu")
+    assert str(model.anatomy) == "bert: 6 layers x 12 heads, d_head 32" and model.anatomy.encoder
+    assert model.record["sha256"] == zoo.ZOO["minilm"].sha256
+    assert {file.name for file in zoo.fetch("minilm").iterdir()} == {*zoo.FILES, zoo.RECORD}
+    texts = ["A man is eating food.", "A man eats a meal.", "The girl carries a baby.", "eine Bäckerin", "東京"]
+    found = heads.embed(model, texts)
+    for i, text in enumerate(texts):
+        assert (found.tokens[i] - plain_states(model, text)).abs().max() < 1e-5  # of numbers up to 3
+        assert (found.pooled[i] - plain_states(model, text).mean(0)).abs().max() < 1e-6
+    near = torch.nn.functional.cosine_similarity(found.pooled[:1], found.pooled[1:])
+    assert near.argmax() == 0 and near[0] > 0.7
+    assert heads.upper_stack(model, texts, 4).worst <= 1e-5
+    assert len(model.tokenizer("word " * 300).input_ids) == 302, "nothing is cut off in silence"
+

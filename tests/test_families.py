@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ENCODERS, ids_of, logits_of, near, plain, tiny
+from conftest import ENCODERS, fresh, ids_of, logits_of, near, plain, tiny
 from families import CHECKS, OF_ENCODERS, build, task_of, tried
 from toys import uniform
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -47,7 +47,7 @@ def small(kind: str, **changes):
         setattr(config, key, value)
     torch.manual_seed(0)
     module = heads.model.tiny.randomised(AutoModelForCausalLM.from_config(config).eval())
-    model = wrap(module, heads.model.tiny.tokenizer())
+    model = wrap(module, heads.model.tiny.tokenizer(whole=False))
     model.record = {"name": kind, "revision": None, "sha256": None}
     return model
 
@@ -80,12 +80,12 @@ def test_a_shared_beginning_that_is_lost_is_refused(monkeypatch):
 
 
 def test_a_bidirectional_model_is_no_decoder(monkeypatch):
-    module = heads.model.tiny.build("gemma3")[0]
+    module = heads.model.tiny.build("gemma3", whole=False)[0]
     for part in module.modules():
         if hasattr(part, "is_causal"):
             part.is_causal = False
     module.config.use_bidirectional_attention = True
-    model = wrap(module, heads.model.tiny.tokenizer())
+    model = wrap(module, heads.model.tiny.tokenizer(whole=False))
     with pytest.raises(ValueError, match="tokens see what follows them: a bidirectional model"):
         identities(model)
 
@@ -103,7 +103,7 @@ def test_norms_of_queries_and_keys_of_another_name_are_found_out():
 
 
 def test_an_adapter_belongs_to_the_circuit():
-    model = heads.load("tiny-llama", device="cpu", seed=4)
+    model = fresh("llama", seed=4)
     before = heads.ov(model, 1, 2).left.clone()
     with heads.lora(model, rank=2, parts="qkvo") as adapter, torch.no_grad():
         for parameter in adapter.parameters():
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_refused_with_its_reason(kind, words):
 def test_a_family_without_a_row_says_what_was_checked(tmp_path):
     module = build("olmo")
     module.save_pretrained(tmp_path)
-    heads.model.tiny.tokenizer().save_pretrained(tmp_path)
+    heads.model.tiny.tokenizer(whole=False).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="olmo is not a listed family; it loads. Checked: heads, patterns, edits.*not offered: "):
         heads.load(str(tmp_path), device="cpu")
 
@@ -162,7 +162,7 @@ def test_uniform_attention_leaves_a_sink_its_share(phase, at):
 def test_a_model_of_images_and_text_is_read_by_its_text_model(kind, tmp_path):
     module = build(kind)
     module.save_pretrained(tmp_path)
-    heads.model.tiny.tokenizer().save_pretrained(tmp_path)
+    heads.model.tiny.tokenizer(whole=False).save_pretrained(tmp_path)
     model = heads.load(str(tmp_path), device="cpu")
     assert family_of(module.config).layers == "model.language_model.layers" and model.anatomy.n_layers == 4
     with torch.no_grad(), model.trace("a text"):
@@ -196,22 +196,13 @@ def plain_of_module(model, ids):
 
 
 def test_a_cache_of_another_model_or_of_other_edits_is_refused():
-    model, other = tiny("llama"), heads.load("tiny-llama", device="cpu", seed=5)
+    model, other = tiny("llama"), fresh("llama", seed=5)
     ids = ids_of(model)
     with pytest.raises(Exception, match="keeps the prompts of another model"):
         logits_of(model, ids[:, -1:], past_key_values=heads.Prefix(other, ids[:, :-1]).cache(), use_cache=True)
     for wrong in (heads.Prefix(other, ids[:, :-1]), heads.Prefix(heads.ablate(model, [(1, 0)]), ids[:, :-1], ids.shape[1])):
         with pytest.raises(ValueError, match="read by another model, or with other edits"):
             heads.Conditions(model, ids, {"none": []}, prefix=wrong)
-
-
-def test_attention_is_not_forced_where_the_cache_has_dropped_its_keys():
-    model, ids = tiny("mistral"), ids_of(tiny("mistral"), 14)
-    rows = torch.full((1, 14), 1 / 14)
-    forced = heads.force_attention(model, [(1, 0)], rows)
-    with pytest.raises(Exception, match="keeps its sliding window alone"), torch.no_grad():
-        with forced.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=5) as tracer:
-            tracer.result.save()
 
 
 def test_a_mask_of_four_dimensions_cannot_tell_padding():

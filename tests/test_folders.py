@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ids_of, logits_of, plain_logits, tiny
+from conftest import fresh, ids_of, logits_of, plain_logits, tiny
 from safetensors.torch import load_file, save_file
 
 import heads
@@ -22,7 +22,7 @@ from heads.model import folders, zoo
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "mine"
-    module, tokenizer = heads.model.tiny.build("llama", seed=3)
+    module, tokenizer = heads.model.tiny.build("llama", seed=3, whole=False)
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -117,7 +117,7 @@ def test_an_index_that_leads_elsewhere_is_refused(folder, tmp_path):
 
 def test_shards_are_read_and_a_decoy_changes_no_digest(folder):
     whole = load(folder)
-    module = heads.model.tiny.build("llama", seed=3)[0]
+    module = heads.model.tiny.build("llama", seed=3, whole=False)[0]
     (folder / "model.safetensors").unlink()
     module.save_pretrained(folder, max_shard_size="20KB")
     sharded = load(folder)
@@ -232,7 +232,7 @@ def test_weights_of_another_shape_are_refused(folder):
 
 
 def test_what_a_bert_checkpoint_carries_beside_the_model_is_left_out(tmp_path):
-    module, tokenizer = heads.model.tiny.build("bert")
+    module, tokenizer = heads.model.tiny.build("bert", whole=False)
     module.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     weights(tmp_path, lambda found: found.update({"bert.pooler.dense.weight": torch.ones(32, 32),
@@ -281,7 +281,7 @@ def test_a_model_is_neither_copied_nor_pickled(take):
 
 
 def test_a_second_thread_is_told_to_wait_and_the_first_is_right():
-    model, ids, found, told = heads.load("tiny-llama", device="cpu"), ids_of(tiny("llama")), [], []
+    model, ids, found, told = fresh("llama"), ids_of(tiny("llama")), [], []
 
     def run(head):
         with torch.no_grad(), model.trace(ids):

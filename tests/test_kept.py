@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import tiny
+from conftest import fresh, tiny
 
 import heads
 import heads.lab.retrieval
@@ -73,13 +73,13 @@ def test_other_arguments_are_no_hit(llama, cache, other):
 
 
 def test_another_model_is_no_hit(cache):
-    for model in (tiny("llama"), tiny("gpt2"), heads.load("tiny-llama", seed=1), heads.load("tiny-llama", dtype="bfloat16")):
+    for model in (tiny("llama"), tiny("gpt2"), fresh("llama", seed=1), fresh("llama", dtype="bfloat16")):
         heads.kept(toy, model)
     assert len(CALLS) == len(files(cache)) == 4
 
 
 def test_a_model_that_was_trained_since_is_no_hit(cache):
-    model = heads.load("tiny-llama")
+    model = fresh("llama")
     heads.kept(toy, model)
     table = next(model._module.parameters()).data
     for change in (lambda: table[1, 2].add_(1e-3), table.neg_, lambda: table.copy_(table.flip(0))):

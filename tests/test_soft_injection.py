@@ -16,7 +16,7 @@ from heads.model.weights import hooked, projection
 TEXTS = ["Q: up\nA: down\n\nQ: hot\nA:", "Q: up\nA: down\n\nQ: enormous\nA:", "Q: up\nA: down\n\nQ: a\nA:"]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3", "mistral", "gemma3"])
 def book(request):
     lm = tiny(request.param)
     names = {"lm": lm, "module": lm._module, "n_layers": lm.anatomy.n_layers, "n_heads": lm.anatomy.n_heads,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
+from conftest import fresh, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from safetensors import safe_open
 
 import heads
@@ -285,10 +285,10 @@ def test_a_saved_steering_comes_back_and_acts_the_same(decoder, tmp_path, listed
 
 def test_a_file_refuses_another_model(llama, tmp_path):
     path = Steering(llama, drawn(llama)[0]).save(tmp_path / "x.safetensors")
-    for other in (tiny("mistral"), tiny("qwen3"), heads.load("tiny-llama", device="cpu", seed=1)):
+    for other in (tiny("mistral"), tiny("qwen3"), fresh("llama", seed=1)):
         with pytest.raises(ValueError, match="tiny-llama.*does not fit.*differ in (sha256|family)"):
             Steering.load(path, other)
-    same = heads.load("tiny-llama", device="cpu", dtype="bfloat16")
+    same = fresh("llama", dtype="bfloat16")
     same.record["sha256"] = llama.record["sha256"]  # the same weights, kept in another precision
     Steering.load(path, same)
 

@@ -1,4 +1,4 @@
-"""Needle prompts and generated facts: the answer stands where the sample says, and the prompt is what was asked for."""
+"""Needle prompts: the answer stands where the sample says, and the prompt is what was asked for."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from conftest import tiny
 
 import heads
 import heads.model.tiny
-from heads.tasks import facts, haystack, needle, needles
+from heads.tasks import haystack, needle, needles
 from heads.tasks.needle import FORMATS, find_span
 
 HAY = ["The brown owl sleeps in the barn all day. It wakes at dusk. " * 40]
@@ -87,7 +87,7 @@ def test_prompts_are_made_by_their_seed(default):
 
 def test_the_first_special_token_is_kept_and_a_closing_one_is_not():
     """BERT-like tokenizers close a text; a prompt that is to be continued must stay open."""
-    tokenizer = heads.model.tiny.tokenizer()
+    tokenizer = heads.model.tiny.tokenizer(whole=False)
 
     class Closing:
         chat_template, all_special_ids, decode, batch_decode = None, [1, 2], tokenizer.decode, tokenizer.batch_decode
@@ -164,22 +164,15 @@ def test_the_answer_is_found_in_the_needle_and_not_in_the_haystack(default, form
     assert default.tokenizer.decode(sample.copied).strip() == row["answer"] and before.endswith(row["stem"])
 
 
-def test_the_answer_of_a_fact_is_found_in_its_own_sentence(default):
-    for sample in facts(default, n=12, n_facts=12, seed=1):
-        text = default.tokenizer.decode(sample.ids[0])
-        sentence = next(s for s in text.split(". ") if s.startswith(text.rpartition(". ")[2]))
-        assert default.tokenizer.decode(sample.ids[0, : sample.span[1]]).endswith(sentence.rstrip("."))
-
-
 # --------------------------------------------------------------------------------------------- find_span
 
 
 def ids(text: str) -> list[int]:
-    return heads.model.tiny.tokenizer()(text).input_ids
+    return heads.model.tiny.tokenizer(whole=False)(text).input_ids
 
 
 def span(prompt: str, answer: str) -> str:
-    start, end = find_span(heads.model.tiny.tokenizer(), ids(prompt), answer)
+    start, end = find_span(heads.model.tiny.tokenizer(whole=False), ids(prompt), answer)
     return prompt[start:end]
 
 
@@ -198,48 +191,3 @@ def test_the_fallback_wants_more_than_nine_in_ten_distinct_tokens():
     assert span("__jihgfedcbX __", answer) == "jihgfedcbX "  # ten of eleven
     with pytest.raises(ValueError, match="was not found"):
         span("__jihgfedcXX __", answer)  # nine of eleven
-
-
-# ------------------------------------------------------------------------------------------------ facts
-
-
-def test_every_fact_can_be_answered_from_its_passage_alone(default):
-    samples = facts(default, n=6, n_facts=8, seed=3)
-    for sample in samples:
-        text = default.tokenizer.decode(sample.ids[0])
-        assert default.tokenizer.decode(sample.copied).strip() == sample.answer
-        assert text.count(sample.answer) == 1 and sample.span[1] < sample.ids.shape[1]
-        assert default.tokenizer.decode(sample.answer_ids) == f" {sample.answer}"
-    assert len({sample.name for sample in samples}) == 6 and len({sample.depth for sample in samples}) > 1
-
-
-def test_facts_are_made_by_their_seed(default):
-    assert same(facts(default, n=3, seed=1), facts(default, n=3, seed=1))
-    assert not same(facts(default, n=3, seed=1), facts(default, n=3, seed=2))
-
-
-def test_no_passages_are_refused(default):
-    with pytest.raises(ValueError, match="facts: n=0 prompts asked for"):
-        facts(default, n=0)
-
-
-@pytest.mark.parametrize("n_facts", [0, 1000])
-def test_more_facts_than_people_are_refused(default, n_facts):
-    with pytest.raises(ValueError, match=f"n_facts={n_facts}: between 1 and"):
-        facts(default, n_facts=n_facts)
-
-
-@pytest.mark.parametrize(
-    "prediction, answer, f1",
-    [
-        ("a red boat", "the red boat", 1.0),
-        ("Red, boat!", "red boat", 1.0),
-        ("red", "red boat", 2 / 3),
-        ("red red boat", "red boat", 0.8),
-        ("blue", "red boat", 0.0),
-        ("", "red boat", 0.0),
-        ("the", "a", 0.0),
-    ],
-)
-def test_token_f1_is_squads(prediction, answer, f1):
-    assert heads.token_f1(prediction, answer) == pytest.approx(f1)

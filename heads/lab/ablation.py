@@ -14,10 +14,9 @@ from nnsight.intervention.envoy import Envoy
 
 from heads.lab.places import Places, Positions, for_beams, head_mask, is_head, layers_of
 from heads.lab.readings import reference_values
-from heads.model.anatomy import Head
 from heads.model.attention import call_of, pattern
 from heads.model.weights import decoder_only
-from heads.names import known, wholes
+from heads.names import known
 
 KINDS = ("zero", "mean", "resample", "uniform")
 
@@ -52,7 +51,7 @@ class Plan:
 
     def apply(self, model) -> None:
         """Edit the pass that is running. Call inside a trace, once per forward."""
-        at, number, prompts, _ = self.places.now(model)
+        at, number, prompts = self.places.now(model)
         if (sets := len(self.mask)) not in (1, prompts):
             raise ValueError(f"{sets} sets of heads for a batch of {prompts} rows: give one, or one for each row")
         for i in layers_of(self.mask) if at.any() else ():
@@ -127,77 +126,3 @@ def ablate(model, heads: Iterable, kind: str = "zero", *, phase: str = "both", p
         for _ in tracer.iter[:]:
             plan.apply(edited)
     return edited
-
-
-def force_attention(model, heads: Iterable[Head], weights: torch.Tensor, position: int | torch.Tensor = -1) -> Envoy:
-    """The model with chosen rows of attention: at one position, these heads mix the values as they are told to.
-
-    Everything downstream is recomputed. Only what the heads mix is replaced, so no pattern is computed (and reading
-    `.pattern` shows what the model would have done); it acts in the pass of the prompt, not on generated tokens.
-
-        w = task.at(["first colour", "second colour"]).float()         # half and half, Merullo et al. 2024
-        repaired = heads.force_attention(model, movers, w / w.sum(1, keepdim=True), task.ids.shape[1] - 1)
-        heads.metrics.evaluate(repaired, task, batch=len(task))
-
-    Args:
-        heads: (layer, head) pairs.
-        weights: `[prompt, key]`, one row for each prompt of the batch that will be run, or `[1, key]` for all.
-        position: column of the query, one for all prompts or `[prompt]`; negative ones count from the end.
-
-    Returns:
-        An edited copy; `model` is unchanged.
-
-    Raises:
-        ValueError: rows that do not sum to one, are negative, or look behind the query; when the edited model runs,
-            a batch or a length that does not fit.
-        IndexError: a head or position that does not exist.
-    """
-    mask = head_mask(model, [heads])[0]  # [layer, head]
-    weights, at = _checked_rows(weights, position, causal=not model.anatomy.encoder)
-    places = Places(positions=at, decode=False)
-    with model.edit() as (tracer, edited):
-        for _ in tracer.iter[:]:
-            _force(edited, mask, weights, places)
-    return edited
-
-
-def _force(model, mask: torch.Tensor, weights: torch.Tensor, places: Places) -> None:
-    """Edit the pass that is running. Call inside a trace, once per forward."""
-    here = places.now(model)
-    at = here.at[:, :, None, None]
-    group = model.anatomy.n_heads // model.anatomy.n_kv_heads
-    for layer in layers_of(mask) if at.any() else ():
-        attn = model.layers[layer].attn
-        if (keys := attn.v).shape[1] < here.end:
-            raise ValueError(f"the cache of layer {layer} keeps its sliding window alone, {keys.shape[1]} of {here.end} keys: run the "
-                             "prompt whole (no prefill_chunk_size), or in a trace with a heads.Prefix or DynamicCache()")
-        v = keys[:, : weights.shape[1]].repeat_interleave(group, 2)  # [batch, key, head, d_head]
-        w = for_beams(weights[:, : v.shape[1]].to(v), len(v)).expand(len(v), -1)  # a part of the prompt sees its keys alone
-        mixed, z = torch.einsum("bk,bkhd->bhd", w, v)[:, None], attn.heads
-        attn.heads = torch.where((at & mask[layer][:, None]).to(z.device), mixed, z)  # not in place: for backward
-
-
-def _checked_rows(weights, position, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights as float32 `[row, key]`, and booleans alike that say where the query is."""
-    weights = torch.as_tensor(weights).float().cpu()
-    if weights.dim() != 2 or not weights.numel():
-        raise ValueError(f"weights are [prompt, key], got {tuple(weights.shape)}")
-    length = weights.shape[1]
-    at = torch.tensor(wholes("a position", position))
-    if at.shape not in ((1,), (len(weights),)):
-        raise ValueError(f"position is one number, or one for each of {len(weights)} rows, got {tuple(at.shape)}")
-    if (at < -length).any() or (at >= length).any():
-        raise IndexError(f"position {int(at.abs().max())} does not exist: the rows have {length} keys")
-    at = at % length
-    sums = weights.sum(1)
-    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        worst = int((sums - 1).abs().argmax())
-        raise ValueError(f"row {worst} sums to {sums[worst]:.3g}: a row of attention sums to one; divide by its sum")
-    if (weights < 0).any():
-        raise ValueError("a row of attention has no negative entries")
-    behind = torch.arange(length) > at[:, None]
-    if causal and (weights * behind > 0).any():
-        row = int((weights * behind > 0).any(1).nonzero()[0])
-        query = int(at[min(row, len(at) - 1)])
-        raise ValueError(f"row {row} looks into the future: it gives weight to keys behind position {query}")
-    return weights, (torch.arange(length) == at[:, None]).expand(len(weights), -1)

@@ -119,26 +119,6 @@ def token_losses(model, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     return [-score.logprob for score in score_answers(model, [Example(row[:1], row[1:]) for row in rows], len(rows) or 1)]
 
 
-def losses_under(model, rows: Sequence[list[int]], conditions: Mapping, kind: str = "zero",
-                 tokens: int = 4096) -> dict[str, list[torch.Tensor]]:  # fmt: skip
-    """`heads.token_losses` of every row under every condition: name -> `[token - 1]` per row.
-
-    A condition that is given as heads starts from the clean run at its first head's layer: with late heads that halves
-    the work.
-
-    Args:
-        conditions, kind, tokens: as in `score_documents`.
-    """
-    models, _ = prepared(model, conditions, kind)
-    found = {name: [None] * len(rows) for name in models}
-    for batch in batches(list(map(len, rows)), whole("tokens", tokens, 1), FULL):
-        lengths = [len(rows[i]) - 1 for i in batch]
-        for name, losses in losses_in(model, models, [rows[i] for i in batch]).items():
-            for i, row in zip(batch, losses.split(lengths)):
-                found[name][i] = row
-    return found
-
-
 def prepared(model, conditions: Mapping, kind: str) -> tuple[dict[str, tuple], dict]:
     """name -> (edited model, its first layer that differs from the clean run or None), and name -> what to write of it."""
     decoder_only(model)

@@ -22,9 +22,9 @@ from heads.model.weights import (
 )  # fmt: skip
 from heads.names import known, whole
 from heads.scores import HeadScores
-from heads.tasks.succession import Lists, checked, relabelled
 
 KINDS = ("mlp0", "e+mlp0", "block0", "resid")
+Lists = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # name -> (ids [item], pairs [pair, 2] of indices into ids)
 
 
 # ------------------------------------------------------------------------------------ OV and QK
@@ -182,8 +182,8 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
     list compete.
 
     Args:
-        lists: `heads.tasks.succession_lists(model)`; or name -> (ids `[item]`, pairs `[pair, 2]` of indices into ids: an
-            item and its successor), one entry for each task and surface form. `relabelled` makes controls from them.
+        lists: name -> (ids `[item]`, pairs `[pair, 2]` of indices into ids: an item and its successor), one entry for each
+            task and surface form. Other pairs of the same tokens make controls.
         effective: see `effective_embedding`; or what that returned for the items of all lists in order, `[token, d_model]`
             or `[layer, token, d_model]`: many controls on one set of lists then cost one pass of the model.
         with_input: whether the token that went in competes, as in the paper: a head that only copies then fails.
@@ -196,7 +196,7 @@ def successor_score(model, lists: Lists, effective: str | torch.Tensor = "mlp0",
         ValueError: for lists without pairs, or pairs that point outside their list.
     """
     heads_everywhere(model)
-    lists = checked(lists, with_input)
+    lists = _checked(lists, with_input)
     ids = torch.cat([ids for ids, _ in lists.values()])
     x = effective if isinstance(effective, torch.Tensor) else effective_embedding(model, ids, effective, batch=batch)
     require(model, "ov", "readout")
@@ -227,7 +227,34 @@ def copying_score(
     """
     if isinstance(lists, torch.Tensor):
         lists = {"tokens": (lists, torch.arange(len(lists))[:, None].expand(-1, 2))}
-    return successor_score(model, relabelled(lists, "copy"), effective, batch=batch, name="copying score")
+    copies = {key: (ids, torch.as_tensor(pairs)[:, :1].expand(-1, 2)) for key, (ids, pairs) in lists.items()}
+    return successor_score(model, copies, effective, batch=batch, name="copying score")
+
+
+def _checked(lists: Lists, with_input: bool) -> Lists:
+    """Lists as tensors, the empty ones left out.
+
+    Raises:
+        ValueError: naming the list that cannot be scored and why, or if none is left.
+    """
+    found = {}
+    for name, (ids, pairs) in lists.items():
+        ids, pairs = torch.as_tensor(ids), torch.as_tensor(pairs, dtype=torch.long)
+        if not len(pairs):
+            continue
+        if ids.dim() != 1 or pairs.dim() != 2 or pairs.shape[1] != 2:
+            got = f"{tuple(ids.shape)} and {tuple(pairs.shape)}"
+            raise ValueError(f"list {name!r}: expected ids [item] and pairs [pair, 2], got {got}")
+        if pairs.min() < 0 or pairs.max() >= len(ids):
+            raise ValueError(f"list {name!r}: pairs point to item {int(pairs.max())}, but it has items 0 to {len(ids) - 1}")
+        if len(ids.unique()) < len(ids):
+            raise ValueError(f"list {name!r} holds a token twice: its items cannot be told apart")
+        if not with_input and (pairs[:, 0] == pairs[:, 1]).any():
+            raise ValueError(f"list {name!r} maps a token to itself: with_input=False would make that impossible to score")
+        found[name] = (ids, pairs)
+    if not found:
+        raise ValueError("no list has a pair of items: nothing to score with this tokenizer")
+    return found
 
 
 def _writes(model, layer: int) -> torch.Tensor:

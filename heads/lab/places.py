@@ -1,4 +1,4 @@
-"""Places: where an edit acts, in one language for ablation, steering and forced attention.
+"""Places: where an edit acts, in one language for ablation and steering.
 
 Everything is counted from the length of the prompt, in real tokens: padding on either side has no number. So a run with
 or without a cache, with a static one, or read in chunks is edited at the same tokens.
@@ -35,7 +35,6 @@ class Here(NamedTuple):
     at: torch.Tensor
     number: torch.Tensor
     prompts: int
-    end: int  # columns of the run up to and with this pass, cached ones included
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Places:
         named = self._in_prompt(number, from_end, start, (prompts, prompt), rows)
         phase = {"both": True, "prefill": from_end < -1, "decode": from_end >= -1}[self.phase]
         at = (number >= 0) & phase & torch.where(from_end < 0, named, self._generated(number, from_end))
-        return Here(at, number, prompts, end)
+        return Here(at, number, prompts)
 
     def _in_prompt(self, number, from_end, start: int, shape: tuple[int, int], rows: int) -> torch.Tensor:
         """Which tokens of a pass that begins at column `start` are named, were they all of the prompt."""

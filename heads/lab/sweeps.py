@@ -8,7 +8,6 @@ logits that the metric reads are computed. Equal to the naive loop to float tole
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from heads.lab.replay import Replay, chunks, room
 from heads.metrics import Metric, logit_difference, named
 from heads.names import known, whole
 from heads.scores import Effects
-from heads.tasks.base import DIRECTIONS, Task
+from heads.tasks.base import Task
 
 KINDS = ("zero", "mean", "resample", "counterfactual")
 
@@ -30,7 +29,8 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
     Args:
         kind: what a head writes instead. "zero": nothing. "mean": its mean over the reference, position by position.
             "resample": what it wrote on another prompt of the reference. "counterfactual": what it wrote on the
-            corrupted twin.
+            corrupted twin: activation patching, which asks whether the head is necessary; of `task.swapped()` it writes
+            clean activations into the corrupted run, and asks whether it suffices. They are not mirror images.
         positions: "all", a role's name ("END"), or a list of roles. One late position is an order of magnitude cheaper,
             because only the columns from there on are computed.
         reference: `[prompt, position]` ids of the same length for "mean" and "resample"; the corrupted twins if None.
@@ -74,19 +74,6 @@ def ablation_scores(model, task: Task, kind: str = "mean", positions: str | Sequ
     bar.close()
     return Effects(torch.cat(samples), torch.cat(base), torch.cat(source) if source else None, f"change of {read.name}",
                    model=model)
-
-
-def patching_scores(model, task: Task, direction: str = "noising", positions: str | Sequence[str] = "all",
-                    metric: str | Metric = logit_difference, **options: Any) -> Effects:  # fmt: skip
-    """Activation patching of every head: the total effect of what it wrote on the other prompt.
-
-    "noising" writes corrupted activations into the clean run (is the head necessary?), "denoising" clean ones into the
-    corrupted run (does it suffice?). They are not mirror images. `Effects.normalised()` gives the share of the gap between
-    the two runs. Other keywords as in `ablation_scores`.
-    """
-    known("direction", direction, DIRECTIONS)
-    base = task if direction == "noising" else task.swapped()
-    return ablation_scores(model, base, "counterfactual", positions, metric, **options)
 
 
 def _others(n: int, m: int, seed: int) -> torch.Tensor:

@@ -206,9 +206,9 @@ class Anatomy:
 def vocabulary(config) -> dict:
     """The `rename`, `envoys` and `task` arguments that give an nnsight model the standard names."""
     names = family_of(config)
-    rename = {names.layers: "layers", names.final_norm: "final_norm", names.unembed: "unembed"}
-    rename |= {path: name for path, name in ((names.attn, "attn"), (names.mlp, "mlp")) if path != name}
-    task = "fill-mask" if names.encoder else "text-generation"
+    parts = ((getattr(names, part), part) for part in ("layers", "final_norm", "unembed", "attn", "mlp"))
+    rename = {path: part for path, part in parts if path not in ("", part)}
+    task = ("fill-mask" if names.unembed else "feature-extraction") if names.encoder else "text-generation"
     return {"rename": rename, "envoys": {f"{names.layers}.*.{names.attn}": Attention}, "task": task}
 
 
@@ -246,7 +246,7 @@ def bind(model) -> Anatomy:
         raise ValueError(f"a {config.model_type} model keeps keys and values of all heads in one latent vector (MLA): "
                          "its heads are not supported yet")  # fmt: skip
     for part in ("layers", "final_norm", "unembed"):
-        if not hasattr(model, part):
+        if getattr(names, part) and not hasattr(model, part):
             raise ValueError(
                 f"no {part} in a {config.model_type} model (looked at {getattr(names, part)}): this architecture is not "
                 "supported yet; add a row to heads.model.families.FAMILIES"

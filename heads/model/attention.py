@@ -131,9 +131,10 @@ def watched(module: torch.nn.Module, see: Callable) -> Iterator[None]:
 
 @torch.no_grad()
 def plain_logits(module: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of one whole forward with transformers' own eager attention: nothing of ours takes part in it."""
+    """Logits (without a head for them: hidden states) of one whole forward with transformers' own eager attention:
+    nothing of ours takes part in it."""
     with _computed_by(module, "eager"):
-        return module(input_ids=ids).logits
+        return module(input_ids=ids)[0]
 
 
 AttentionInterface.register(NAME, attention)

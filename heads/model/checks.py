@@ -81,7 +81,7 @@ def _sum(model, ids, tolerance) -> float:
 def _logits(model, ids, edit=lambda layers: None) -> torch.Tensor:
     with model.trace(ids):
         edit(model.layers)
-        logits = model.logits.save()
+        logits = model.output[0].save()  # of an encoder without a head that predicts words: its last hidden states
     return logits
 
 

@@ -105,9 +105,13 @@ TINY = tuple(kind.removesuffix("_text").replace("_", "-") for kind in FAMILIES)
 def family_of(config) -> Family:
     """The row of a model's config. Unknown decoders are read like Llama, which most of them copy; if that does not
     fit, `heads.model.anatomy.bind` says which part was not found. A model of images and text (Gemma 3, Mistral 3,
-    Qwen-VL) holds a text model of some family, one floor down."""
+    Qwen-VL) holds a text model of some family, one floor down; an encoder saved without its word head (a `BertModel`, as
+    sentence encoders are) has its layers one floor up, and neither unembedding nor, mostly, a final norm."""
     text = config.get_text_config()
     row = FAMILIES.get(text.model_type, _LLAMA)
+    if row.encoder and (config.architectures or [""])[0].endswith("Model"):
+        up = lambda path: path.partition(".")[2] if path.split(".")[0] == row.layers.split(".")[0] else ""  # noqa: E731
+        return replace(row, layers=up(row.layers), final_norm=up(row.final_norm), unembed="")
     if text is config:
         return row
     below = lambda path: path.replace("model.", "model.language_model.", 1)  # noqa: E731

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from threading import RLock, get_ident
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from nnsight import CONFIG, TransformersModel
 from nnsight.intervention.eproperty import eproperty
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoTokenizer,
     PreTrainedTokenizerBase,
 )  # fmt: skip
 
@@ -35,6 +36,8 @@ class Model(TransformersModel):
 
     @eproperty(key="output", description="logits [batch, position, vocabulary]")
     def logits(self, value: Any) -> torch.Tensor:
+        if "logits" not in value:
+            raise ValueError(f"this {self.anatomy.family} encoder has no head that predicts words: read layers[-1].output, or heads.embed")
         return value.logits
 
     @logits.transform
@@ -184,6 +187,7 @@ def wrap(module: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Model:
     Raises:
         ValueError: for a model that computes its attention by itself; and as `heads.model.anatomy.bind`.
     """
+    module.config.architectures = [type(module).__name__]  # as transformers writes when it saves: which parts there are
     with _quietly():
         module.set_attn_implementation(attention.NAME)
     if module.config.get_text_config()._attn_implementation != attention.NAME:
@@ -256,13 +260,15 @@ def _read(source: str, dtype: torch.dtype, device_map: Any) -> tuple[torch.nn.Mo
         config = AutoConfig.from_pretrained(source, **safe)
         config._attn_implementation = attention.NAME  # of every config inside, too
         config.transformers_weights = None  # a config may name another file than the one that was hashed
-        auto = AutoModelForMaskedLM if family_of(config).encoder else AutoModelForCausalLM
+        auto, row = AutoModelForCausalLM, family_of(config)
+        if row.encoder:
+            auto = AutoModelForMaskedLM if row.unembed else AutoModel
         if type(config) not in auto._model_mapping and config.get_text_config() is not config:
             auto = AutoModelForImageTextToText
         with _quietly():
             module, found = auto.from_pretrained(
                 source, config=config, dtype=dtype, device_map=device_map, attn_implementation=attention.NAME,
-                use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe,
+                use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe, **_unpooled(auto, config),
             )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
     except ValueError as error:
@@ -274,6 +280,12 @@ def _read(source: str, dtype: torch.dtype, device_map: Any) -> tuple[torch.nn.Mo
     if len(tokenizer) < 2:
         raise ValueError(f"{source!r} has no tokenizer: save it there with tokenizer.save_pretrained(...)")
     return module, tokenizer
+
+
+def _unpooled(auto: type, config) -> dict:
+    """What keeps transformers from making the pooler that an encoder without a head may have: nothing here reads it."""
+    made = auto._model_mapping.get(type(config), None) if auto is AutoModel else None
+    return {"add_pooling_layer": False} if made and "add_pooling_layer" in signature(made).parameters else {}
 
 
 def _whole(source: str, module: torch.nn.Module, found: dict) -> None:

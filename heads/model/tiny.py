@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from heads.model.families import FAMILIES, TINY
-from heads.names import known
+from heads.names import data, known
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 _VOCAB = 256 + len(SPECIAL)
@@ -59,30 +59,41 @@ _CONFIGS = {
 }  # fmt: skip
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: every text can be written, and lengths are plain to see."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def tokenizer(whole: bool = True) -> PreTrainedTokenizerFast:
+    """Every text can be written.
+
+    Args:
+        whole: the words of the tasks (data/tiny.txt) are one token each, everything else is written byte by byte; False: one
+            token a byte, so that lengths are plain to see.
+    """
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = [word.replace(" ", "Ġ") for word in data("tiny.txt").splitlines()] if whole else []
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(level.alphabet()), *words])}
+    inner = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", ignore_merges=True))  # a word that is there is taken whole
+    inner.pre_tokenizer = level
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>"
     )
 
 
-def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random model and its byte tokenizer. The weights are larger than a fresh initialisation's, so
+def build(family: str, seed: int = 0, whole: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random model and its tokenizer. The weights are larger than a fresh initialisation's, so
     that attention is not uniform and an edit shows in the logits.
+
+    Args:
+        whole: as in `tokenizer`.
 
     Raises:
         LookupError: for an unknown family, naming the nearest.
     """
     kind = dict(zip(TINY, FAMILIES))[known("tiny model of family", family, TINY)]
     auto = AutoModelForMaskedLM if FAMILIES[kind].encoder else AutoModelForCausalLM
+    found = tokenizer(whole)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return randomised(auto.from_config(AutoConfig.for_model(kind, **_CONFIGS[kind])).eval()), tokenizer()
+        config = AutoConfig.for_model(kind, **_CONFIGS[kind] | {"vocab_size": len(found)})
+        return randomised(auto.from_config(config).eval()), found
 
 
 @torch.no_grad()

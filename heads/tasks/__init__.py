@@ -9,10 +9,8 @@ if TYPE_CHECKING:
     from heads.tasks.arithmetic import arithmetic
     from heads.tasks.base import Item, Task, build
     from heads.tasks.colored_objects import colored_objects
-    from heads.tasks.facts import facts
     from heads.tasks.ioi import ioi
     from heads.tasks.needle import Sample, haystack, needle, needles
-    from heads.tasks.succession import TokenList, succession, succession_lists
     from heads.tasks.words import word_pairs, word_tasks, words
 
 sys.modules[__name__].__class__ = lazily(__name__, __file__)
