@@ -101,6 +101,7 @@ class Attention(Envoy):
     def pattern(self, value: tuple) -> torch.Tensor:
         module, q, k, mask, kwargs = call_of(value)
         weights = attention_pattern(module, q, k, mask, **kwargs)
+        weights = weights.clone() if weights.requires_grad else weights  # softmax keeps its own for the way back
         self.__dict__["_pattern_version"] = None if weights.is_inference() else weights._version
         return weights
 
