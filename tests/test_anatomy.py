@@ -10,7 +10,9 @@ import torch
 from conftest import DECODERS, ENCODERS, fresh, ids_of, logits_of, near, padded, plain_logits, plain_of, tiny
 from families import MARK
 from toys import naive, toy
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import heads
 import heads.model.tiny
@@ -466,3 +468,29 @@ def test_an_edit_in_one_of_several_invokes(decoder, what, how):
     near(first, logits_of(decoder, ids[:1]))
     near(second, alone)
     assert (second - logits_of(decoder, ids[1:])).abs().max() > 1e-3
+
+
+def test_a_library_that_wraps_every_attention_leaves_edits_alive(llama):
+    """kvpress, once imported, hands `dropout` on by position to whatever is registered."""
+    ids = ids_of(llama, 9)
+    edited = heads.ablate(llama, [(1, 2)])
+
+    def pattern_cut():
+        with torch.no_grad(), llama.trace(ids):
+            llama.layers[1].attn.pattern[:, 2] = 0
+            found = llama.logits.save()
+        return found
+
+    wanted = pattern_cut(), logits_of(edited, ids)
+    ours = ALL_ATTENTION_FUNCTIONS["heads"]
+
+    def wrapped(module, query, key, value, attention_mask, dropout, **kwargs):
+        return ours(module, query, key, value, attention_mask, dropout, **kwargs)
+
+    AttentionInterface.register("heads", wrapped)
+    try:
+        near(pattern_cut(), wanted[0])
+        near(logits_of(edited, ids), wanted[1])
+    finally:
+        AttentionInterface.register("heads", ours)
+    near(*wanted)

@@ -59,8 +59,8 @@ class Argument(Located):
         args = value[0]
         if self.which != 1 and hasattr(args[2], "prefix"):
             raise NotImplementedError(
-                "keys and values of a batch of conditions are shared and cannot be read one by one; "
-                "read q, pattern or heads, or run the condition alone with heads.ablate(...)"
+                "keys and values that a cache shares between conditions, or holds for every head by itself, cannot be read one "
+                "by one; read q, pattern or heads, or run the condition alone with heads.ablate(...)"
             )
         # keys and values belong to the KV cache: hand out a copy, so that an edit stays in this pass
         view = (args[self.which] if self.which == 1 else args[self.which].clone()).transpose(1, 2)

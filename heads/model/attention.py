@@ -82,9 +82,12 @@ def mix(weights: torch.Tensor, value: torch.Tensor, prefix: Any = None) -> torch
 
 
 def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-              pattern_override: torch.Tensor | None = None,
+              dropout: float = 0.0, *, pattern_override: torch.Tensor | None = None,
               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """transformers' attention interface: SDPA, or explicit weights where SDPA cannot do what is asked.
+
+    What is ours comes by keyword only: some libraries that wrap every registered attention hand `dropout` on by position.
+    A cache layer that keeps other tokens for every head marks the keys with itself and computes the call (`prefix.attend`).
 
     `pattern_override` (`[batch, head, query, key]`) replaces the pattern: what an edit of
     `layers[i].attn.pattern` becomes. For replays outside a trace the module's own `_edit(query, key, value)`, if it has
@@ -98,8 +101,10 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
             key.prefix = prefix  # a changed copy stands behind the same prefix
     weights = pattern_override
     if weights is None:
+        if (attend := getattr(prefix, "attend", None)) is not None:
+            return attend(module, query, key, value, attention_mask, **kwargs), None
         if prefix is None and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
         weights = pattern(module, query, key, attention_mask, **kwargs)
     return mix(weights, value, prefix), weights
 
@@ -118,8 +123,8 @@ def _computed_by(module: torch.nn.Module, name: str) -> Iterator[None]:
 def watched(module: torch.nn.Module, see: Callable) -> Iterator[None]:
     """While it lasts, `see(query, key, value, scaling, z)` is told of every attention call of this model, in order."""
 
-    def watching(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        out = attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    def watching(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
+        out = attention(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
         see(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, out[0])
         return out
 
