@@ -20,18 +20,21 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.course import papers
     from heads.course.kept import kept
     from heads.course.study import Study
-    from heads.lab import circuits
+    from heads.lab import circuits, policies
     from heads.lab import training as train
     from heads.lab.ablation import ablate
     from heads.lab.answers import answer_loss, examples, score_answers, token_losses
     from heads.lab.attribution import attribution_patching, direct_attribution, logit_lens
+    from heads.lab.caches import HeadCache
     from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, successor_score
     from heads.lab.decoding import Conditions, decode_batch, decode_rows
     from heads.lab.documents import score_documents
     from heads.lab.embedding import embed, upper_stack
+    from heads.lab.masked import MaskedPrefix
     from heads.lab.paths import path_scores
     from heads.lab.ranking import ranking
     from heads.lab.readings import attention_to, head_activations, head_means
+    from heads.lab.repeats import by_kv_head, echo_and_induction
     from heads.lab.retrieval import retrieval_scores, rouge1_recall
     from heads.lab.steering import Steering
     from heads.lab.sweeps import ablation_scores
