@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.embedding import embed, upper_stack
     from heads.lab.masked import MaskedPrefix
     from heads.lab.paths import path_scores
+    from heads.lab.pruning import prune
     from heads.lab.ranking import ranking
     from heads.lab.readings import attention_to, head_activations, head_means
     from heads.lab.repeats import by_kv_head, echo_and_induction

@@ -15,9 +15,11 @@ from heads.lab.caches import Keep, Seen, Share, StandIn, _KeptLayer, budget_of
 from heads.lab.policies import semantic_distances
 from heads.lab.repeats import by_kv_head, echo_and_induction, repeated_tokens
 from heads.model.attention import attention
+from heads.model.zoo import TINY
 
 LENGTH, QUESTION, STEPS, ROOM = 60, 5, 3, 8
 FREE = [family for family in DECODERS if None in tiny(family).anatomy.windows]  # at least one layer that sees everything
+ALL = [family for family in TINY if not tiny(family).anatomy.encoder and None in tiny(family).anatomy.windows]
 
 
 def free(model) -> list[int]:
@@ -59,7 +61,7 @@ def masked(model, ids, chosen: dict) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("family", FREE)
+@pytest.mark.parametrize("family", ALL)
 def test_really_smaller_equals_masked(family):
     model = tiny(family)
     ids, chosen = ids_of(model, LENGTH + QUESTION + STEPS), every_policy(model)

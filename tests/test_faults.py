@@ -326,6 +326,7 @@ def sense(model, folder) -> dict[str, dict]:
         "path_scores": {**on, "task": task, "progress": False},
         "prefill": {**on, "ids": row},
         "prompt_tuning": on,
+        "prune": {**on, "heads": [(1, 1)]},
         "qk": {**on, "layer": 1, "head": 1},
         "random_heads": {"like": [(1, 1)], "shape": (4, 4)},
         "ranking": {"scores": [[1.0, 2.0]], "relevant": [[0, 1]]},
