@@ -14,7 +14,7 @@ from rich.table import Table
 BENCHMARKS = {
     "detect": "detect", "conditions": "conditions", "memory": "memory", "batched": "batched",
     "sweep-end": "sweeps:end", "sweep-all": "sweeps:everywhere", "path": "sweeps:path",
-    "documents": "documents", "startup": "startup", "yardstick": "yardstick",
+    "documents": "documents", "caches": "caches", "startup": "startup", "yardstick": "yardstick",
     "gpu-sweep-end": "gpu:end", "gpu-sweep-all": "gpu:everywhere", "gpu-path": "gpu:path",
 }  # fmt: skip
 NAMES = tuple(BENCHMARKS)
