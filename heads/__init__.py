@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.documents import score_documents
     from heads.lab.embedding import embed, upper_stack
     from heads.lab.masked import MaskedPrefix
+    from heads.lab.packing import candidate_scores, packed_loss
     from heads.lab.paths import path_scores
     from heads.lab.pruning import prune
     from heads.lab.ranking import ranking

@@ -302,6 +302,8 @@ def sense(model, folder) -> dict[str, dict]:
         "copying_score": {**on, "lists": PAIRS},
         "decode_batch": {**on, "prompts": [row]},
         "decode_rows": {**on, "ids": row},
+        "candidate_scores": {**on, "prompt": "a b", "candidates": [" c"]},
+        "packed_loss": {**on, "items": few},
         "by_kv_head": {"scores": heads.HeadScores(np.zeros((n, h))), **on},
         "direct_attribution": {**on, "task": task},
         "echo_and_induction": {**on, "tokens": 5, "repeats": 2},
