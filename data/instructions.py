@@ -261,14 +261,14 @@ AVOID = {
     "label": "Do not answer with a word of the input or with a whole sentence.",
     "em": "Do not write a sentence and do not repeat the question.",
     "raw": "Do not leave a sign out and do not add one.",
-    "set_f1": "Do not put anything between a text and its type but one blank.",
+    "typed": "Do not put anything between a text and its type but one blank.",
     "text": "Do not answer with a single word and do not explain.",
 }
 EMPHASIS = {
     "label": "Only the words that the definition allows are answers.",
     "em": "Write nothing but the answer.",
     "raw": "Capital letters, blanks and signs count.",
-    "set_f1": "Each part of the answer has the form text <TYPE>.",
+    "typed": "Each part of the answer has the form text <TYPE>.",
     "text": "The answer is one line.",
 }
 
@@ -418,22 +418,22 @@ task("extract-number", report, "Write the number that stands in the sentence. Us
 task("typed-person-city", report, "Write the person and the city of the sentence, in this order, with a comma between them. "
      "After each write its type in angle brackets: PERSON or CITY.", "Write person and city with their types.",
      lambda x: f"{x['name']} <PERSON>, {x['city']} <CITY>", "Both are there, each with its type.",
-     lambda x: f"{x['name']}, {x['city']}", "The types are missing.", tokens=24, metric="set_f1")
+     lambda x: f"{x['name']}, {x['city']}", "The types are missing.", tokens=24)
 task("typed-date-amount", expense, "Write the date and the amount of money, in this order, with a comma between them. After each "
      "write its type in angle brackets: DATE or AMOUNT.", "Write date and amount with their types.",
      lambda x: f"{x['date']} <DATE>, {x['n']} euros <AMOUNT>", "Both are there, each with its type.",
-     lambda x: f"{x['n']} euros <AMOUNT>", "The date is missing.", tokens=28, metric="set_f1")
+     lambda x: f"{x['n']} euros <AMOUNT>", "The date is missing.", tokens=28)
 task("typed-drug-dose", note, "Write the drug and the dose of the note, in this order, with a comma between them. After each "
      "write its type in angle brackets: DRUG or DOSE.", "Write drug and dose with their types.",
      lambda x: f"{x['drug']} <DRUG>, {x['dose']} <DOSE>" if x["missing"] not in ("drug", "dose") else None,
      "Both are there, each with its type.", lambda x: f"{x['drug']} <DOSE>, {x['dose']} <DRUG>",
-     "The types are exchanged.", tokens=28, metric="set_f1")
+     "The types are exchanged.", tokens=28)
 task("typed-all", note, "Write everything of type PERSON, DOSE, DRUG and DATE that the note names, in the order of the note, "
      "with commas between. After each write its type in angle brackets.", "Write all with their types.",
      lambda x: ", ".join(f"{x[k]} <{k.upper()}>" for k in sorted(("person", "dose", "drug", "date"), key=lambda k: x["text"].find(
          x[k])) if x[k] in x["text"]), "Nothing is left out and each has its type.",
      lambda x: ", ".join(x[k] for k in ("person", "dose", "drug", "date") if x[k] in x["text"]), "The types are missing.",
-     tokens=48, metric="set_f1")  # fmt: skip
+     tokens=48)  # fmt: skip
 
 
 def asked(kind: str, key: str = "right") -> Callable:
@@ -592,7 +592,8 @@ def built(spec: dict, cuts: dict[str, Parts]) -> dict:
         {"input": other, "output": f"The answer is {right}", "reason": "The answer has to stand alone.",
          "suggestion": f"Leave out 'The answer is' and write: {right}"},
     ]  # fmt: skip
-    kind = "label" if spec["labels"] else "text" if spec["metric"] == "rougeL" else spec["metric"]
+    kind = "label" if spec["labels"] else {"rougeL": "text", "raw": "raw"}.get(spec["metric"], "em")
+    kind = "typed" if spec["id"].startswith("typed") else kind
     return {
         "id": spec["id"], "category": spec["id"].split("-")[0], "source": spec["source"].__name__,
         "definition": spec["definition"], "prompt": spec["prompt"], "things_to_avoid": AVOID[kind], "emphasis": EMPHASIS[kind],
