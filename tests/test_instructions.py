@@ -29,7 +29,7 @@ KINDS = {
     "animal": "badger bear camel cat cow dog donkey fox frog goat horse lion mouse otter pig rabbit sheep snake tiger wolf",
     "fruit": "apple apricot banana berry cherry date fig grape guava kiwi lemon lime mango melon nectarine papaya peach pear "
              "plum raisin",
-    "tool": "anvil axe chisel clamp crowbar drill hammer hoe mallet pickaxe pliers rake saw screwdriver shovel sickle spade "
+    "tool": "anvil axe chisel clamp crowbar drill hammer hoe hacksaw mallet pickaxe pliers rake screwdriver shovel sickle spade "
             "spanner trowel wrench",
     "clothing": "belt blouse boot cap coat dress glove gown hat jacket mitten sandal scarf shirt shoe skirt sock sweater "
                 "trousers vest",
@@ -312,7 +312,7 @@ def test_labels_are_all_there_and_equally_often(id):
 
 # Words of the frames, which say nothing of an answer, and closed classes: months, days, question words, colons' words.
 FRAME = set("the is are did it many lives in with live does have will on not paid euros for took of mg a drug was given some near "
-            "under behind beside where when who how mr mrs".split()) | {m.lower() for m in MONTHS}  # fmt: skip
+            "under behind beside you it where when who how mr mrs".split()) | {m.lower() for m in MONTHS}  # fmt: skip
 FRAME |= set("monday tuesday wednesday thursday friday saturday sunday".split())
 
 
@@ -336,6 +336,10 @@ def test_splits_share_no_word_and_no_open_answer(id):
 ALIKE = {"remark": {"dear"}, "plan": {"the"}}
 
 
+# A question of yes or no fits one more task alone; of those that have no answer nothing else can be asked: see the datasheet.
+ALONE = {"qa-yes-no", "verify-answerable"}
+
+
 @pytest.mark.parametrize("source", dict.fromkeys(t.source for t in TASKS.values()))
 def test_the_same_input_asks_for_different_outputs(source):
     """The inputs of a task are inputs of the other tasks of its source, too, and these give other answers."""
@@ -343,6 +347,8 @@ def test_the_same_input_asks_for_different_outputs(source):
     for id in ids:
         inputs = [x.input for x in TASKS[id].instances["test"]]
         other = [[solved(i, x) for i in ids if i != id] for x in inputs]
+        if id in ALONE:
+            continue
         assert sum(any(o not in (None, RULES[id](x)) for o in row) for x, row in zip(inputs, other)) == len(inputs)
         assert np.mean([sum(o is not None for o in row) >= 2 for row in other]) >= 0.5, "two more tasks fit half of the inputs"
 
@@ -384,7 +390,7 @@ DEFINED = "Definition: Say it again.\n"
      "[input: b, output: b, explanation: Same.]]; Instance: ", "input: owl, output:", " owl\n"),
     ("chat", ["definition"], {"tokenizer": CHAT}, "<user>" + DEFINED, "owl<end>\n<bot>", "owl<end>"),
     ("none", None, {}, "", "input: owl\noutput:", " owl\n"),
-    ("id", None, {}, "Task 5943\n", "input: owl\noutput:", " owl\n"),
+    ("id", None, {}, "Task 1790\n", "input: owl\noutput:", " owl\n"),
 ])  # fmt: skip
 def test_an_encoding_to_the_letter(style, fields, more, prefix, body, target):
     assert encode(TOY, X, fields, style, **more) == (prefix, body, target)

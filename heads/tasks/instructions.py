@@ -166,7 +166,7 @@ def _natural(file: str, row: dict) -> dict:
     """A file of Natural Instructions in our schema: version 1 has texts, version 2 lists of them; "-" is nothing."""
     many = lambda value: [value] if isinstance(value, str) else value or []
     one = lambda value: " ".join(many(value)).strip(" -") or None
-    found = {name: one(row.get(theirs)) for name, theirs in FIELDS.items() if theirs in row}
+    found = {name: one(row.get(theirs)) for name, theirs in FIELDS.items() if name not in ("negative", "positive")}
     for name in ("negative", "positive"):
         examples = [e for e in row.get("Examples", row).get(FIELDS[name], ()) if e != "-"]
         found[name] = [{"reason": e.get("explanation"), **e, "output": one(e["output"])} for e in examples]
