@@ -368,7 +368,8 @@ task("morphology-plural", word, "The word can be used as a noun. Write its plura
      lambda x: plural(x["word"]), "This is the noun for more than one.", lambda x: past(x["word"]),
      "This is the past tense of the verb.", tokens=8)
 task("morphology-past", word, "The word can be used as a verb. Write its simple past tense.", "What is the past tense?",
-     lambda x: past(x["word"]), "This form tells of yesterday.", lambda x: ing(x["word"]), "This is the form with -ing.", tokens=8)
+     lambda x: past(x["word"]), "This form tells of yesterday.", lambda x: ing(x["word"]), "This is the form with -ing.",
+     tokens=8)
 task("morphology-ing", word, "The word can be used as a verb. Write its form that ends in -ing.", "What is the -ing form?",
      lambda x: ing(x["word"]), "This form follows 'is' or 'was'.", lambda x: past(x["word"]), "This is the past tense.", tokens=8)
 task("morphology-comparative", choice, "An adjective stands before the colon. Write the form of it that compares two things and "
@@ -451,8 +452,8 @@ task("qa-yes-no", passage, "Read the text and answer the question at its end wit
      labels="yes no", tokens=4)
 
 task("wrong-where", passage, "The text ends with a question. Give a wrong answer on purpose: write the city of the text that is "
-     "not the right answer.", "Which city is the wrong answer?", asked("where", "wrong"), "The text names this city, but it is not "
-     "the answer.", asked("where"), "This answer is right, and a wrong one is asked for.", tokens=8)
+     "not the right answer.", "Which city is the wrong answer?", asked("where", "wrong"), "The text names this city, but it is "
+     "not the answer.", asked("where"), "This answer is right, and a wrong one is asked for.", tokens=8)
 task("wrong-who", passage, "The text ends with a question. Give a wrong answer on purpose: write the person of the text who is "
      "not the right answer.", "Which person is the wrong answer?", asked("who", "wrong"), "The text names this person, but it is "
      "not the answer.", asked("who"), "This answer is right, and a wrong one is asked for.", tokens=8)
@@ -477,13 +478,15 @@ task("questions-how-many", report, "Write a question about the sentence that is 
      "The answer to it is the number.", lambda x: "Who {past} {n} {object} in {city}?".format(**x),
      "The answer to it is the person.", tokens=20, metric="rougeL")
 task("questions-yes-no", plan, "Turn the sentence into a question that is answered by yes. Start with Will, keep all other words "
-     "in their order and end with a question mark.", "Ask whether it is so.", lambda x: "Will {name} {action} on {day}?".format(**x),
+     "in their order and end with a question mark.", "Ask whether it is so.",
+     lambda x: "Will {name} {action} on {day}?".format(**x),
      "The answer to it is yes, and no word is lost.", lambda x: "{name} will {action} on {day}?".format(**x),
      "The order of the words is that of a statement.", tokens=20, metric="rougeL")
 
 task("edit-negate", plan, "Write the sentence again so that it says the contrary: put the word not after will. Change nothing "
-     "else.", "Say that it will not happen.", lambda x: "{name} will not {action} on {day}.".format(**x), "One word is new, and it "
-     "negates.", lambda x: "{name} did not {action} on {day}.".format(**x), "The tense was changed, too.", tokens=20, metric="rougeL")
+     "else.", "Say that it will not happen.", lambda x: "{name} will not {action} on {day}.".format(**x),
+     "One word is new, and it negates.", lambda x: "{name} did not {action} on {day}.".format(**x), "The tense was changed, too.",
+     tokens=20, metric="rougeL")
 task("edit-city", report, f"Write the sentence again with the city replaced by {CITY}. Change nothing else.",
      f"Let it happen in {CITY}.", lambda x: x["text"].replace(x["city"], CITY), "Only the city is another.",
      lambda x: x["text"].replace(x["name"], CITY), "The name of the person was replaced.", tokens=20, metric="rougeL")
@@ -496,8 +499,8 @@ task("edit-repeat", doubled, "By mistake a word was written twice in a row. Writ
      "Change nothing else.", "Take out the repeated word.", lambda x: " ".join(x["items"]), "No word stands twice in a row.",
      lambda x: " ".join(x["items"][1:]), "Another word is missing, too.", tokens=20, metric="rougeL")
 
-task("verify-contained", lists, "Two lists of words are given with a bar between them. Does the first word of the left list stand "
-     "in the right list? Answer yes or no.", "Is the first word on both sides?",
+task("verify-contained", lists, "Two lists of words are given with a bar between them. Does the first word of the left list "
+     "stand in the right list? Answer yes or no.", "Is the first word on both sides?",
      lambda x: "yes" if x["left"][0] in x["right"] else "no", "One finds out by looking for the first word.",
      lambda x: "no" if x["left"][0] in x["right"] else "yes", "Look for the first word on the right.", labels="yes no", tokens=4)
 task("verify-same", lists, "Two lists of words are given with a bar between them. Do they hold the same words, in whatever "
@@ -546,8 +549,9 @@ task("order-rotate", doubled, "Move the first word of the text to its end. Leave
      "Put the first word last.", lambda x: rotated(x, 1), "The first word stands last now.", lambda x: rotated(x, -1),
      "The last word was moved instead.", tokens=20)  # fmt: skip
 
-task("records-action", plan, "Write the sentence as an entry of a list of tasks: the person, a colon, what is to be done, and the "
-     "day in brackets.", "Make an entry of it.", lambda x: "{name}: {action} ({day})".format(**x), "Person, task and day are there.",
+task("records-action", plan, "Write the sentence as an entry of a list of tasks: the person, a colon, what is to be done, and "
+     "the day in brackets.", "Make an entry of it.", lambda x: "{name}: {action} ({day})".format(**x),
+     "Person, task and day are there.",
      lambda x: "{action}: {name} ({day})".format(**x), "The person has to stand first.", tokens=20, metric="raw")
 task("records-expense", expense, "Write the sentence as a line of a bill: what was bought, a colon, and the amount of money.",
      "Make a line of a bill of it.", lambda x: "{object}: {n} euros".format(**x), "It names what was bought and its price.",
@@ -615,7 +619,8 @@ def files() -> dict[str, str]:
 def main() -> int:
     made = files()
     if "--check" in sys.argv[1:]:
-        wrong = [c for c, text in made.items() if not (f := HERE / f"{c}.jsonl").exists() or f.read_text(encoding="ascii") != text]
+        there = {path.stem: path.read_text(encoding="ascii") for path in HERE.glob("*.jsonl")}
+        wrong = [c for c in made | there if made.get(c) != there.get(c)]
         print(f"differ: {', '.join(wrong)}" if wrong else f"same: {len(made)} files")
         return bool(wrong)
     HERE.mkdir(exist_ok=True)

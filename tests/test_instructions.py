@@ -62,8 +62,8 @@ DISLIKED = set("annoying appalling awful boring disappointing disgusting dismal 
 STIFF = ("Dear ", "Good morning", "With all due", "Ladies and", "To whom", "I beg", "Esteemed")
 LOOSE = ("Hey", "Yo,", "Hi guys", "Dude", "Omg", "Hiya", "Oi", "Sup", "Lol", "Wow")
 IRREGULAR = dict(pair.split("=") for pair in (
-    "bought=buy sold=sell found=find lost=lose saw=see made=make brought=bring sent=send kept=keep hid=hide drew=draw broke=break "
-    "stole=steal chose=choose").split())  # fmt: skip
+    "bought=buy sold=sell found=find lost=lose saw=see made=make brought=bring sent=send kept=keep hid=hide drew=draw "
+    "broke=break stole=steal chose=choose").split())  # fmt: skip
 STORED = {"stored": "store"}  # the one regular verb here whose infinitive ends in -e
 MONTHS = "January February March April May June July August September October November December".split()
 
@@ -114,13 +114,15 @@ def choice(x, table):
 def remark(x):
     start, noun, mood, asks = re.fullmatch(r"(.+?) the (\w+) (?:is|are) (\w+)\. (Where|When|Who|How many) [^?]+\?", x).groups()
     assert start.startswith(STIFF) != start.startswith(LOOSE) and (mood in LIKED) != (mood in DISLIKED)
-    return SimpleNamespace(tone="formal" if start.startswith(STIFF) else "casual", mood="positive" if mood in LIKED else "negative",
+    return SimpleNamespace(tone="formal" if start.startswith(STIFF) else "casual",
+                           mood="positive" if mood in LIKED else "negative",
                            topic="animal" if KIND[noun] == "animal" else "thing",
                            asks={"Where": "place", "When": "time", "Who": "person", "How many": "number"}[asks])  # fmt: skip
 
 
 def report(x):
-    return SimpleNamespace(**re.fullmatch(r"(?P<who>[A-Z]\w+) (?P<did>\w+) (?P<n>\d+) (?P<what>\w+) in (?P<city>[A-Z]\w+)\.", x).groupdict())
+    form = r"(?P<who>[A-Z]\w+) (?P<did>\w+) (?P<n>\d+) (?P<what>\w+) in (?P<city>[A-Z]\w+)\."
+    return SimpleNamespace(**re.fullmatch(form, x).groupdict())
 
 
 def plan(x):
@@ -150,7 +152,8 @@ def passage(x):
     *facts, question = re.fullmatch(r"((?:\w+ ){3}\w+ with \d+ \w+\.) ((?:\w+ ){3}\w+ with \d+ \w+\.) (.+\?)", x).groups()
     facts = [re.fullmatch(r"(\w+) lives in (\w+) with (\d+) (\w+)\.", fact).groups() for fact in facts]
     for word, form, key in (("where", r"Where does (\w+) live\?", 0), ("who", r"Who lives in (\w+)\?", 1),
-                            ("how many", r"How many \w+ does (\w+) have\?", 0), ("whether", r"Does (\w+) live in \w+\?", 0)):  # fmt: skip
+                            ("how many", r"How many \w+ does (\w+) have\?", 0),
+                            ("whether", r"Does (\w+) live in \w+\?", 0)):  # fmt: skip
         if found := re.fullmatch(form, question):
             place = [i for i in (0, 1) if facts[i][key] == found[1]]
             return word, question, facts, place[0] if place else None
@@ -227,7 +230,8 @@ RULES = {
     "qa-how-many": lambda x: answer(x, "how many"), "qa-yes-no": lambda x: answer(x, "whether"),
     "wrong-where": lambda x: answer(x, "where", False), "wrong-who": lambda x: answer(x, "who", False),
     "wrong-number": lambda x: answer(x, "how many", False), "wrong-options": options,
-    "questions-where": reworded("Where did {who} {base} {n} {what}?"), "questions-who": reworded("Who {did} {n} {what} in {city}?"),
+    "questions-where": reworded("Where did {who} {base} {n} {what}?"),
+    "questions-who": reworded("Who {did} {n} {what} in {city}?"),
     "questions-how-many": reworded("How many {what} did {who} {base} in {city}?"),
     "questions-yes-no": lambda x: "Will {} {} on {}?".format(*plan(x)),
     "edit-negate": lambda x: "{} will not {} on {}.".format(*plan(x)), "edit-city": reworded("{who} {did} {n} {what} in Lima."),
@@ -240,7 +244,8 @@ RULES = {
     "number-next": following, "number-even": lambda x: "even" if x[-1] in "02468" else "odd",
     "order-swap": lambda x: " | ".join(reversed(x.split(" | "))), "order-alphabet": lambda x: " ".join(sorted(x.split())),
     "order-number": ascending, "order-rotate": lambda x: once(x) and re.sub(r"^(\w+) (.+)$", r"\2 \1", x),
-    "records-action": lambda x: "{}: {} ({})".format(*plan(x)), "records-expense": lambda x: f"{expense(x).what}: {expense(x).n} euros",
+    "records-action": lambda x: "{}: {} ({})".format(*plan(x)),
+    "records-expense": lambda x: f"{expense(x).what}: {expense(x).n} euros",
     "records-iso": lambda x: expense(x).iso,
     "records-missing": lambda x: next((k for k in ("person", "drug", "dose", "date") if k.upper() not in dict(note(x))), "none"),
 }  # fmt: skip
@@ -280,6 +285,9 @@ def test_the_suite_is_as_large_as_the_datasheet_says():
         assert sources >= 3 and f"| `{name}` | {sources} |" in sheet, name
     for t in TASKS.values():
         assert [len(t.instances[s]) for s in SPLITS] == [40, 10, 24] and len(t.positive) == 4 and len(t.negative) == 2
+    for name, shown in re.findall(r"^\| `(\w+)` \| \d+ \| (.+) \|$", sheet, re.MULTILINE):
+        inputs = {x.input for t in TASKS.where(source=name).values() for x in t.instances["test"]}
+        assert shown.replace("\\|", "|") in inputs, name
     total = sum(len(found) for t in TASKS.values() for found in t.instances.values())
     assert f"{total} instances" in sheet and sum(p.stat().st_size for p in (DATA / "instructions").iterdir()) < 900_000
     probes = [id for id in TASKS if TASKS[id].probe]
@@ -311,8 +319,8 @@ def test_labels_are_all_there_and_equally_often(id):
 
 
 # Words of the frames, which say nothing of an answer, and closed classes: months, days, question words, colons' words.
-FRAME = set("the is are did it many lives in with live does have will on not paid euros for took of mg a drug was given some near "
-            "under behind beside you it where when who how mr mrs".split()) | {m.lower() for m in MONTHS}  # fmt: skip
+FRAME = set("the is are did it many lives in with live does have will on not paid euros for took of mg a drug was given some "
+            "near under behind beside you it where when who how mr mrs".split()) | {m.lower() for m in MONTHS}  # fmt: skip
 FRAME |= set("monday tuesday wednesday thursday friday saturday sunday".split())
 
 
@@ -372,7 +380,7 @@ TOY = Instruction("toy", "some", "words", "Say it again.", "Again?", None, "Only
                   negative=({"input": "c", "output": "d", "reason": "Other.", "suggestion": "Write: c"},),
                   instances={"train": (Instance("e", ("e",)), Instance("f", ("f", "F")))})  # fmt: skip
 X = Instance("owl", ("owl", "Owl"))
-CHAT = SimpleNamespace(eos_token="<end>", apply_chat_template=lambda m, tokenize, add_generation_prompt: f"<user>{m[0]['content']}<end>\n<bot>")
+CHAT = SimpleNamespace(eos_token="<end>", apply_chat_template=lambda m, **_: f"<user>{m[0]['content']}<end>\n<bot>")
 DEFINED = "Definition: Say it again.\n"
 
 
@@ -406,7 +414,8 @@ def test_what_is_said_after_an_input_stands_next_to_the_answer():
 def test_a_real_chat_template_is_put_together_again():
     tokenizer = AutoTokenizer.from_pretrained(heads.models.fetch())
     prefix, body, target = encode(TOY, X, style="chat", tokenizer=tokenizer)
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": DEFINED + "owl"}], tokenize=False, add_generation_prompt=True)
+    message = [{"role": "user", "content": DEFINED + "owl"}]
+    whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     assert prefix + body == whole and target == "owl" + tokenizer.eos_token
 
 
@@ -463,14 +472,15 @@ def test_files_of_natural_instructions_are_read(tmp_path, version):
                "Examples": {"Positive Examples": [{**NI, "reason": "r", "suggestion": "s"}], "Negative Examples": ["-"]},
                "Instances": every}  # fmt: skip
     else:
-        row = {"Definition": ["Do it."], "Categories": ["Some"], "Source": ["one"], "Positive Examples": [{**NI, "explanation": "r"}],
-               "Negative Examples": [], "Instances": every}  # fmt: skip
+        row = {"Definition": ["Do it."], "Categories": ["Some"], "Source": ["one"],
+               "Positive Examples": [{**NI, "explanation": "r"}], "Negative Examples": [], "Instances": every}  # fmt: skip
     (tmp_path / "task1_a.json").write_text(json.dumps(row), encoding="utf-8")
     (task,) = TaskSet.from_json(tmp_path).values()
     assert (task.id, task.definition, task.things_to_avoid, task.negative) == ("task1_a", "Do it.", None, ())
     assert (task.category, task.source) == (("none", "none") if version == 1 else ("Some", "one"))
     assert (task.prompt, task.positive[0]["reason"]) == ("Now." if version == 1 else None, "r")
-    assert [x.input for x in task.instances["test"]] == [f"x{i}" for i in range(60, 260, 2)] and len(task.instances["train"]) == 160
+    assert [x.input for x in task.instances["test"]] == [f"x{i}" for i in range(60, 260, 2)]
+    assert len(task.instances["train"]) == 160
     assert task.instances["test"][0].outputs == ("y60", "z")
     assert encode(task, X, ["positive"], shots=1)[0].startswith("Positive Example1-\ninput: a b\noutput: a\nreason: r\n")
 
@@ -503,7 +513,8 @@ def test_files_without_tasks_or_with_one_twice_are_refused(tmp_path):
     with pytest.raises(ValueError, match="task 't' stands there twice"):
         TaskSet.from_json(tmp_path)
     (tmp_path / "x.jsonl").unlink()
-    (tmp_path / "y.json").write_text(json.dumps({"Definition": "Do.", "Instances": [{"input": "a", "output": []}]}), encoding="utf-8")
+    row = {"Definition": "Do.", "Instances": [{"input": "a", "output": []}]}
+    (tmp_path / "y.json").write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(ValueError, match="test instance 0 without output in y.json, task 'y'"):
         TaskSet.from_json(tmp_path)
 
@@ -512,9 +523,11 @@ def test_files_without_tasks_or_with_one_twice_are_refused(tmp_path):
     (lambda: TASKS["qa-were"], LookupError, "no task 'qa-were'. Did you mean 'qa-where'"),
     (lambda: TASKS.where(category="kase"), LookupError, "no category 'kase'. Did you mean 'case'"),
     (lambda: TASKS.where(source="word_"), LookupError, "no source 'word_'. Did you mean"),
-    (lambda: TASKS.where(colour="red"), LookupError, "no tag 'colour'"), (lambda: TASKS.leave(), ValueError, "64 of 64 tasks held out"),
+    (lambda: TASKS.where(colour="red"), LookupError, "no tag 'colour'"),
+    (lambda: TASKS.leave(), ValueError, "64 of 64 tasks held out"),
     (lambda: TASKS.leave(task="nonsense"), LookupError, "no task 'nonsense'"),
-    (lambda: TASKS.without([]), ValueError, "0 of 64 tasks"), (lambda: TASKS.subset(65), ValueError, "65 tasks asked for, but there are 64"),
+    (lambda: TASKS.without([]), ValueError, "0 of 64 tasks"),
+    (lambda: TASKS.subset(65), ValueError, "65 tasks asked for, but there are 64"),
     (lambda: TASKS.subset(0), ValueError, "at least 1"), (lambda: TASKS.random(64), ValueError, "64 of 64"),
     (lambda: TASKS["qa-who"].take("tset"), LookupError, "no split 'tset'"),
     (lambda: TASKS["qa-who"].take("val", 11), ValueError, "11 val instances of qa-who asked for, but there are 10"),
@@ -523,13 +536,15 @@ def test_files_without_tasks_or_with_one_twice_are_refused(tmp_path):
     (lambda: encode(TOY, X, ["definitions"]), LookupError, "no field 'definitions'. Did you mean 'definition'"),
     (lambda: encode(TOY, X, ["prompt"], "id"), ValueError, "style 'id' has no fields, not prompt"),
     (lambda: encode(TOY, X, ["positive"], shots=5), ValueError, "5 shots of toy asked for, but there are 4"),
-    (lambda: encode(TOY, X, shots=-1), ValueError, "shots is at least 0"), (lambda: encode(TOY, X, style="chat"), TypeError, "tokenizer"),
+    (lambda: encode(TOY, X, shots=-1), ValueError, "shots is at least 0"),
+    (lambda: encode(TOY, X, style="chat"), TypeError, "tokenizer"),
     (lambda: mixture([]), ValueError, "at least one part"), (lambda: mixture([([], 2)]), ValueError, "at least one task"),
     (lambda: mixture([([TOY], 3)]), ValueError, "3 train instances of toy asked for, but there are 2"),
     (lambda: mixture([([TOY], 2)], "mixed"), LookupError, "no mode 'mixed'"),
     (lambda: mixture([([TOY], 2)], steps=0), ValueError, "steps is at least 1"),
     (lambda: mixture([([TOY], 2)], groups=0), ValueError, "groups is at least 1"),
-    (lambda: score(["a"], [X], "bleu"), LookupError, "no metric 'bleu'"), (lambda: score(["a"], [X, X]), ValueError, "1 predictions for 2"),
+    (lambda: score(["a"], [X], "bleu"), LookupError, "no metric 'bleu'"),
+    (lambda: score(["a"], [X, X]), ValueError, "1 predictions for 2"),
     (lambda: score(["a"], [Instance("b")]), ValueError, "with outputs"),
     (lambda: macro({}), ValueError, "at least one instance"), (lambda: macro({"a": []}), ValueError, "at least one instance"),
     (lambda: macro({"a": [1]}, level=2), ValueError, "level"), (lambda: macro({"a": [1]}, draws=0), ValueError, "draws"),
@@ -552,7 +567,8 @@ def test_a_mixture_holds_every_row_once_in_steps_of_one_size():
     assert len(set(rows(steps))) == len(rows(steps)) == 22 * 12
     assert Counter(id for id, _ in rows(steps)) == dict.fromkeys(TASKS.subset(22), 12)
     assert all(g.task.instances["train"].count(x) == 1 for step in steps for g in step for x in g.instances)
-    assert rows(steps) == rows(mixture([(TASKS.subset(22).values(), 12)])) != rows(mixture([(TASKS.subset(22).values(), 12)], seed=1))
+    same, other = (rows(mixture([(TASKS.subset(22).values(), 12)], seed=seed)) for seed in (0, 1))
+    assert rows(steps) == same != other
     assert len({id for id, _ in rows(steps[:3])}) > 12, "no task is trained at one end only"
 
 
@@ -584,7 +600,8 @@ def test_sequential_parts_end_before_the_next():
     parts = [group.part for step in steps for group in step]
     assert parts == sorted(parts) and all(len({g.part for g in step}) == 1 for step in steps)
     assert rows(steps) == rows(mixture([(general.values(), 4)])) + rows(mixture([(special.values(), 4)]))
-    assert [s[0].part for s in mixture([(general.values(), 4), (special.values(), 4)], "sequential", steps=3)] == [0] * 3 + [1] * 3
+    steps = mixture([(general.values(), 4), (special.values(), 4)], "sequential", steps=3)
+    assert [step[0].part for step in steps] == [0] * 3 + [1] * 3
 
 
 # ---------------------------------------------------------------------------------------------------- scores
