@@ -366,6 +366,13 @@ def test_the_script_makes_the_same_bytes():
     assert not done.returncode and done.stdout == "same: 16 files\n", done.stdout + done.stderr
 
 
+def test_the_script_refuses_a_pool_that_is_too_small():
+    code = "import instructions as i; i.SIZES['val'] = 13; [i.draw(t, 'val', i.pools()['val']) for t in i.TASKS if t['id'] == '{}']"
+    for id, found in (("morphology-past", 12), ("number-next", None)):
+        done = subprocess.run([sys.executable, "-c", code.format(id)], capture_output=True, text=True, cwd=DATA)
+        assert f"{id}, val: the pool is too small for 13 instances, only {found or ''}" in done.stderr
+
+
 def test_answers_fit_their_limit_of_tokens():
     tokenizer = AutoTokenizer.from_pretrained(heads.models.fetch())
     for task in TASKS.values():
@@ -395,7 +402,7 @@ DEFINED = "Definition: Say it again.\n"
     ("ni", ["positive"], {"shots": 0}, "", "input: owl\noutput:", " owl\n"),
     ("box", ["definition", "positive"], {},
      "Instruction: Definition: Say it again., Positive Examples: [[input: a, output: a, explanation: Same.] "
-     "[input: b, output: b, explanation: Same.]]; Instance: ", "input: owl, output:", " owl\n"),
+     "[input: b, output: b, explanation: Same.]]; Instance:", " input: owl, output:", " owl\n"),
     ("chat", ["definition"], {"tokenizer": CHAT}, "<user>" + DEFINED, "owl<end>\n<bot>", "owl<end>"),
     ("none", None, {}, "", "input: owl\noutput:", " owl\n"),
     ("id", None, {}, "Task 1790\n", "input: owl\noutput:", " owl\n"),
@@ -417,6 +424,17 @@ def test_a_real_chat_template_is_put_together_again():
     message = [{"role": "user", "content": DEFINED + "owl"}]
     whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     assert prefix + body == whole and target == "owl" + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("style", ["ni", "box", "chat", "none", "id"])
+def test_the_parts_of_an_encoding_are_tokens_of_their_own(style):
+    tokenizer = AutoTokenizer.from_pretrained(heads.models.fetch())
+    fields = () if style in ("none", "id") else FIELDS
+    for task in TASKS.values():
+        for x in task.take("test", 2):
+            parts = encode(task, x, fields, style, tokenizer=tokenizer)
+            apart, whole = tokenizer([part for part in parts if part]).input_ids, tokenizer("".join(parts)).input_ids
+            assert [i for part in apart for i in part] == whole, task.id
 
 
 def test_the_numbers_of_tasks_say_nothing_and_differ():

@@ -185,6 +185,8 @@ def encode(task: Instruction, x: Instance | str, fields: Iterable[str] | None = 
            reasons: bool = True, tokenizer=None) -> tuple[str, str, str]:  # fmt: skip
     """(prefix, body, target): what all instances of a task share, the instance up to its answer, and the answer.
 
+    The three are cut where the default model's tokenizer cuts, so that a prefix can be kept as a cache.
+
     Args:
         x: an instance, or an input alone: then the target is empty.
         fields: of the instruction, put in the paper's order; the definition if None. What a task lacks is left out.
@@ -206,7 +208,7 @@ def encode(task: Instruction, x: Instance | str, fields: Iterable[str] | None = 
     x = Instance(x) if isinstance(x, str) else x
     said, target = f"{x.input} {x.after}".rstrip(), x.outputs[0] if x.outputs else ""
     if style == "box":
-        return f"Instruction: {', '.join(parts)}; Instance: ", f"input: {said}, output:", target and f" {target}\n"
+        return f"Instruction: {', '.join(parts)}; Instance:", f" input: {said}, output:", target and f" {target}\n"
     prefix = "".join(f"{part}\n" for part in parts)
     if style != "chat":
         return prefix, f"input: {said}\noutput:", target and f" {target}\n"
