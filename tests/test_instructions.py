@@ -468,6 +468,7 @@ def test_random_splits_are_spread_over_categories_and_subsets_are_nested():
         orders = [list(TASKS.subset(n, seed)) for n in (1, 6, 22, 64)]
         assert all(large[: len(small)] == small for small, large in zip(orders, orders[1:]))
     assert list(TASKS.subset(6, 0)) != list(TASKS.subset(6, 1))
+    assert len({id for seed in range(16) for id in TASKS.subset(16, seed)}) > 56, "any task of a category may be its first"
 
 
 def test_fewer_instances_are_among_more():
@@ -597,6 +598,12 @@ def test_arms_have_what_they_share_in_the_same_order():
     both = rows(mixture([(general.values(), 8), (special.values(), 4)]))
     assert [row for row in both if row[0] in special] == rows(mixture([(special.values(), 4)]))
     assert [row for row in both if row[0] in general] == rows(mixture([(general.values(), 8)]))
+    assert {row[0] for row in both[-len(both) // 2 :]} >= set(special), "the few rows of a part are spread over all steps"
+
+
+def test_every_round_has_an_order_of_its_own():
+    order = [group.task.id for step in mixture([(TASKS.subset(22).values(), 4)]) for group in step]
+    assert set(order[:22]) == set(order[22:]) and order[:22] != order[22:]
 
 
 def test_equal_steps_repeat_or_cut():
@@ -683,6 +690,8 @@ def test_the_bootstrap_has_the_spread_of_both_draws():
     within = np.mean([row.var() / 12 for row in scores.values()])
     _, low, high = macro(scores, draws=4000)
     assert (high - low) / 3.92 == pytest.approx(np.sqrt((means.var() + within) / 16), rel=0.06)
+    even = macro({str(t): [0, 1] * 6 for t in range(16)}, draws=4000)
+    assert (even[2] - even[1]) / 3.92 == pytest.approx(np.sqrt(0.25 / 12 / 16), rel=0.1)
     assert macro(scores, seed=3) == macro(scores, seed=3) != macro(scores, seed=4)
 
 
