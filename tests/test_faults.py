@@ -339,16 +339,23 @@ def sense(model, folder) -> dict[str, dict]:
         "successor_score": {**on, "lists": PAIRS},
         "token_losses": {**on, "rows": [[10, 11, 12]]},
         "upper_stack": {**on, "texts": ["two owls"], "cut": 2},
+        "tasks.Instance": {"input": "a"},
+        "tasks.Instruction": {"id": "t", "category": "c", "source": "s", "definition": "Do."},
         "tasks.Item": {"prompt": "a", "answer": "b", "foils": (), "corrupted": "c"},
         "tasks.Sample": vars(sample),
         "tasks.Task": {"name": "t", "ids": task.ids, "answers": task.answers, "foils": task.foils, "corrupted": task.corrupted},
+        "tasks.TaskSet": {"tasks": []},
         "tasks.arithmetic": on,
         "tasks.build": {**on, "name": "t", "items": [item]},
         "tasks.colored_objects": on,
+        "tasks.encode": {"task": heads.tasks.Instruction("t", "c", "s", "Do."), "x": "a"},
         "tasks.haystack": {},
         "tasks.ioi": on,
+        "tasks.macro": {"scores": {"t": [1.0]}},
+        "tasks.mixture": {"parts": [(heads.tasks.TaskSet.builtin().values(), 2)]},
         "tasks.needle": {**on, "lengths": [400], "source": ["a long way. " * 400]},
         "tasks.needles": {},
+        "tasks.score": {"predictions": ["a"], "instances": [heads.tasks.Instance("a", ("a",))]},
         "tasks.word_pairs": {"name": "capitals"},
         "tasks.word_tasks": {},
         "tasks.words": {**on, "name": "capitals"},
@@ -383,12 +390,12 @@ CALLED = {"sets": "condition|head", "conditions": "condition|head", "like": "hea
           "source": "haystack"}  # fmt: skip
 # Records of what somebody has checked before, and names that mean another thing there (a batch of examples).
 OTHER = {"Effects-source", "tasks.Task-foils", "answer_loss-batch", "Conditions-rows", "ablation_scores-reference",
-         "retrieval_scores-samples", "tasks.Task-prompts", "tasks.words-foils"}  # fmt: skip
+         "retrieval_scores-samples", "tasks.Task-prompts", "tasks.words-foils", "tasks.mixture-parts", "tasks.macro-scores"}  # fmt: skip
 NAMED = {"load", "tasks.word_pairs", "tasks.words"}  # elsewhere a name is any text
 PUBLIC = {name: getattr(heads, name) for name in heads.__all__}
 PUBLIC |= {f"tasks.{name}": getattr(heads.tasks, name) for name in heads.tasks.__all__}
 PUBLIC = {name: found for name, found in PUBLIC.items() if callable(found)}
-RECORDS = {"tasks.Item", "tasks.Sample"}
+RECORDS = {"tasks.Instance", "tasks.Instruction", "tasks.Item", "tasks.Sample"}
 
 
 def cases():

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from heads.tasks.arithmetic import arithmetic
     from heads.tasks.base import Item, Task, build
     from heads.tasks.colored_objects import colored_objects
+    from heads.tasks.instructions import Instance, Instruction, TaskSet, encode, macro, mixture, score
     from heads.tasks.ioi import ioi
     from heads.tasks.needle import Sample, haystack, needle, needles
     from heads.tasks.words import word_pairs, word_tasks, words
