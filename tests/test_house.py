@@ -21,8 +21,9 @@ BELOW = {  # a wing, or a file of its own -> what it may import besides itself
 TABLES = {("course.record", "__init__"), ("course.record", "tasks.__init__")}
 # Of code. What a reader of the instruments reads, and the course with its command line around them: with fourteen papers
 # 4,782 and 1,008. A limit is raised in the open, with the reason: the second came with `open`, completion and the mould; the
-# first rose from 4,800 with caches that forget by heads (six files, 700 lines, three notebooks).
-LINES = {"library": 5500, "course": 1100, "file": 250, "class": 100, "function": 50}
+# first rose from 4,800 with caches that forget by heads (six files, 700 lines, three notebooks), the
+# instruction suite (190, seven notebooks) and packed training (80).
+LINES = {"library": 5900, "course": 1100, "file": 250, "class": 100, "function": 50}
 
 
 def inside(folder, tree, name):
