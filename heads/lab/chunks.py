@@ -85,25 +85,23 @@ class _Turn:
 
     def __init__(self, model, attention: torch.nn.Module, family: str):
         found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+        fixed = [m for m in found if getattr(m, "attention_scaling", 1) == 1 and getattr(m, "rope_type", "") not in ("dynamic", "longrope")]
         self.apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        scaled = len(found) == 1 and getattr(found[0], "attention_scaling", 1.0) != 1.0
-        moves = len(found) == 1 and getattr(found[0], "rope_type", "") in ("dynamic", "longrope")
-        if len(found) != 1 or self.apply is None or scaled or moves:
-            raise ValueError(f"a {family} model has no single rotary embedding that turns keys by their position and does nothing "
-                             "else: its chunks cannot be moved")  # fmt: skip
+        if len(found) != 1 or not fixed or self.apply is None:
+            raise ValueError(f"a {family} model has no single rotary embedding that turns keys and does nothing else: no chunk can move")
         self.rotary, self.cos, self.sin = weakref.ref(found[0]), torch.empty(0), None
 
     def __call__(self, x: torch.Tensor, places: torch.Tensor, back: bool = False) -> torch.Tensor:
         """`[..., d_head]`, turned to places, an integer for each vector (or broadcast to that)."""
         longest = int(places.max()) + 1 if places.numel() else 0
         if longest > len(self.cos):  # twice as far as is asked, so that it grows seldom
-            at = torch.arange(2 * longest, device=x.device)[None]
-            self.cos, self.sin = (table[0] for table in self.rotary()(x.reshape(1, -1, x.shape[-1]), at))
+            tables = self.rotary()(x.reshape(1, -1, x.shape[-1]), torch.arange(2 * longest, device=x.device)[None])
+            self.cos, self.sin = tables[0][0], tables[1][0]
         x, places = torch.broadcast_tensors(x, places[..., None])
         width, rows = self.cos.shape[-1], x.reshape(-1, 1, x.shape[-2], x.shape[-1])
         cos, sin = (table[places[..., 0].reshape(-1, rows.shape[2])] for table in (self.cos, self.sin))
         turned = self.apply(rows[..., :width], rows[:, :0, :, :width], cos, -sin if back else sin)[0]
-        return torch.cat([turned, rows[..., width:]], -1).view(x.shape)
+        return (turned if width == x.shape[-1] else torch.cat([turned, rows[..., width:]], -1)).view(x.shape)
 
 
 class _ChunkLayer(Reading):
@@ -174,29 +172,26 @@ class _ChunkLayer(Reading):
         """The last queries of the rest over the chunks that they choose and the rest: `[row, head, query, d_head]`."""
         query, (rows, kv_heads, length, width) = self.rest[0][:, :, -steps:], self.rest[1].shape
         per, prompts = query.shape[1] // kv_heads, len(self.shared[0])
-        parts, keys = [self.shared, *([self.own] if self.own else [])], self.shared[2].repeat(1, len(self.readers), 1, 1, 1)
-        pooled, mean = torch.cat([keys, self.own[2]], 3) if self.own else keys
-        spans = [slice(p * prompts, (p + 1) * prompts) for p in range(len(self.readers))]
-        chosen = torch.cat([reader.choose(Look(self.layer, query[s], pooled[s], mean[s])) for reader, s in zip(self.readers, spans)])
-        self.picked.append(chosen)
+        parts, chosen = [self.shared, self.own] if self.own else [self.shared], []
+        for reader, q, own in zip(self.readers, query.split(prompts), self.own[2].split(prompts, 1) if self.own else self.readers):
+            chosen.append(reader.choose(Look(self.layer, q, *(torch.cat([self.shared[2], own], 3) if self.own else self.shared[2]))))
+        self.picked.append(chosen := torch.cat(chosen))
         own = torch.arange(length - steps, length, device=query.device)
         ahead = chosen.sum(-1, keepdim=True) - chosen.cumsum(-1) + 1  # chunks between a query's own and the one that it reads
-        turned = self.turn(query[:, :, :, None], (ahead * self.size + own[:, None]) * chosen)
+        turned = query.new_zeros(*chosen.shape, width)
+        turned[chosen] = self.turn(query[:, :, :, None].expand(turned.shape)[chosen], (ahead * self.size + own[:, None])[chosen])
         turned = turned.unflatten(1, (kv_heads, per)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # [row, kv_head, chunk, query, d_head]
         here = self.turn(query, own).unflatten(1, (kv_heads, per)).flatten(2, 3)
-        inside, done, logits = torch.arange(length, device=query.device), 0, []
-        for k, _, _ in parts:
-            asks, done = turned[:, :, done : done + k.shape[2]].flatten(1, 2), done + k.shape[2]
-            found = _by_prompt(asks, k.flatten(1, 2).transpose(-1, -2)).unflatten(1, (kv_heads, -1))
+        inside, logits, sizes = torch.arange(length, device=query.device), [], [k.shape[2] for k, _, _ in parts]
+        for (k, _, _), asks in zip(parts, turned.split(sizes, 2)):
+            found = _by_prompt(asks.flatten(1, 2), k.flatten(1, 2).transpose(-1, -2)).unflatten(1, (kv_heads, -1))
             logits.append(found.transpose(2, 3).flatten(3))
         logits.append(here @ self.turn(self.rest[1], inside).transpose(-1, -2))
         hidden = ~torch.cat([chosen.repeat_interleave(self.size, -1), (inside < own[:, None] + (not quirk)).expand(*chosen.shape[:3], -1)], -1)
         logits = (torch.cat(logits, -1) * scaling).unflatten(2, (per, steps))
         w = weighed(logits.masked_fill_(hidden.unflatten(1, (kv_heads, per)), -math.inf), None, None, None).flatten(2, 3)
-        out, done = w[..., -length:] @ self.rest[2], 0
-        for _, v, _ in parts:
-            weights, done = w[..., done : done + v.shape[2] * self.size], done + v.shape[2] * self.size
-            out = out + _by_prompt(weights.contiguous(), v.flatten(2, 3))
+        *w, last = w.split([n * self.size for n in sizes] + [length], -1)
+        out = last @ self.rest[2] + sum(_by_prompt(weights.contiguous(), v.flatten(2, 3)) for weights, (_, v, _) in zip(w, parts))
         return out.unflatten(2, (per, steps)).flatten(1, 2)
 
 
@@ -224,20 +219,17 @@ class ChunkCache(Cache):
         windows, module, n = free_layers(model), model._module, model.anatomy.n_layers
         if len(windows) < n:
             raise ValueError(f"layers of this {model.anatomy.family} model see a sliding window only: chunks are not read there")
-        self.readers = [readers] if isinstance(readers, Reader) else list(readers)
-        if not self.readers or not all(isinstance(reader, Reader) for reader in self.readers):
-            raise ValueError(f"readers are heads.Reader, one or more, got {readers!r}")
+        self.readers, size = _several(readers), whole("size", size, 2)
         turn = _Turn(module, model.layers[0].attn._module, model.anatomy.family)
         turns(model, turn)
-        size = whole("size", size, 2)
         super().__init__(layers=[_ChunkLayer(module, i, turn, size, self.readers, quirk) for i in range(n)])
 
     def fork(self, readers: Sequence[Reader] | Reader) -> ChunkCache:
         """The prompts of this cache, read once and held once, for other readers. ValueError when more than them was read."""
         if self.layers[0]._first() or any(layer.own or layer.picked for layer in self.layers):
             raise ValueError("a cache is forked when its prompts were read and nothing else yet")
-        found = copy.copy(self)
-        found.readers = [readers] if isinstance(readers, Reader) else list(readers)
+        found = copy.copy(self)  # layers replace what they hold and never change it
+        found.readers = _several(readers)
         found.layers = [copy.copy(layer) for layer in self.layers]
         for layer in found.layers:
             layer.readers = found.readers
@@ -253,6 +245,13 @@ class ChunkCache(Cache):
         """Bytes that all layers hold: more than a plain cache, by the chunk keys and the last queries."""
         held = (x for layer in self.layers for x in (*(layer.shared or ()), *(layer.own or ()), *(layer.rest or ())))
         return sum(x.nbytes for x in held)
+
+
+def _several(readers: Sequence[Reader] | Reader) -> list[Reader]:
+    found = [readers] if isinstance(readers, Reader) else list(readers)
+    if not found or not all(isinstance(reader, Reader) for reader in found):
+        raise ValueError(f"readers are heads.Reader, one or more, got {readers!r}")
+    return found
 
 
 @torch.no_grad()
