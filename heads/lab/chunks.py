@@ -73,7 +73,7 @@ class Reader:
         if self.count is not None and n > self.count - 1:
             scores = self.scores(look)
             if scores.shape != shape:
-                raise ValueError(f"scores of chunks are [prompt, head, query, chunk], {list(shape)} here, got {list(scores.shape)}")
+                raise ValueError(f"scores are [prompt, head, query, chunk], {list(shape)} here, got {list(scores.shape)}")
             chosen[..., 1 : n - 1] = False
             best = scores[..., 1 : n - 1].topk(min(self.count - 2 - self.first, n - 2), -1).indices
             chosen.scatter_(-1, best + 1, True)
@@ -85,10 +85,10 @@ class _Turn:
 
     def __init__(self, model, attention: torch.nn.Module, family: str):
         found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-        fixed = [m for m in found if getattr(m, "attention_scaling", 1) == 1 and getattr(m, "rope_type", "") not in ("dynamic", "longrope")]
+        kinds = [(getattr(m, "attention_scaling", 1), getattr(m, "rope_type", "")) for m in found]
         self.apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        if len(found) != 1 or not fixed or self.apply is None:
-            raise ValueError(f"a {family} model has no single rotary embedding that turns keys and does nothing else: no chunk can move")
+        if len(found) != 1 or kinds[0][0] != 1 or kinds[0][1] in ("dynamic", "longrope") or self.apply is None:
+            raise ValueError(f"a {family} model has no single rotary embedding that only turns: its chunks cannot be moved")
         self.rotary, self.cos, self.sin = weakref.ref(found[0]), torch.empty(0), None
 
     def __call__(self, x: torch.Tensor, places: torch.Tensor, back: bool = False) -> torch.Tensor:
@@ -105,11 +105,9 @@ class _Turn:
 
 
 class _ChunkLayer(Reading):
-    """One layer: complete chunks of the prompts, held once; those that came after, and the rest that is no chunk yet.
-
-    `shared` and `own` hold keys (turned inside their chunk), values `[row, kv_head, chunk, token, d_head]` and chunk keys
-    `[pooled or mean, row, head, chunk, d_head]`; `rest` queries, keys and values, not rotated. All are replaced, never changed.
-    """
+    """One layer. `parts`: the complete chunks of the prompts, held once for all readers, and then each that came after: keys
+    (turned inside their chunk), values `[row, kv_head, chunk, token, d_head]` and chunk keys `[pooled or mean, row, head, chunk,
+    d_head]`. `rest`: queries, keys and values that are no chunk yet, not rotated. All are replaced, never changed."""
 
     def __init__(self, model, layer: int, turn: _Turn, size: int, readers: list[Reader], quirk: bool):
         super().__init__(model, layer)
@@ -117,24 +115,25 @@ class _ChunkLayer(Reading):
         self.reset()
 
     def reset(self) -> None:
-        self.shared = self.own = self.rest = self.picked = None
-        self.seen, self.waiting, self.is_initialized = 0, False, False
+        self.parts, self.rest, self.picked, self.seen, self.waiting, self.is_initialized = [], [], [], 0, False, False
 
     def _first(self) -> bool:
-        return self.shared is None
+        return not self.parts
 
     def crop(self, *_, **__) -> None:
-        raise NotImplementedError("a cache that is read in chunks is not cropped, reordered or moved: greedy decoding, or sampling")
+        raise NotImplementedError("a cache read in chunks is not cropped, reordered or moved: decode greedily, or sample")
 
     reorder_cache = batch_select_indices = batch_repeat_interleave = offload = prefetch = crop
 
     def settle(self, query, key, value, scaling) -> None:
         if self.seen < self.size:
-            raise ValueError(f"the prompt has {self.seen} tokens, less than a chunk of {self.size}: a longer one, or smaller chunks")
-        places = torch.arange(query.shape[2], device=query.device)
-        unturned, end = [self.turn(query, places, True), self.turn(key, places, True), value], self.seen - self.seen % self.size
-        self.shared = self.complete(*(x[:, :, :end] for x in unturned), scaling)
-        self.rest = [x[:, :, end:].clone() for x in unturned]
+            raise ValueError(f"the prompt has {self.seen} tokens, less than a chunk of {self.size}: smaller chunks")
+        new, end = self.unturned(query, key, value), self.seen - self.seen % self.size
+        self.parts, self.rest = [self.complete(*(x[:, :, :end] for x in new), scaling)], [x[:, :, end:].clone() for x in new]
+
+    def unturned(self, query, key, value) -> list[torch.Tensor]:
+        places = torch.arange(self.seen - query.shape[2], self.seen, device=query.device)
+        return [self.turn(query, places, True), self.turn(key, places, True), value]
 
     def complete(self, query, key, value, scaling) -> tuple:
         """Complete chunks of what was not rotated, with their two keys."""
@@ -142,57 +141,54 @@ class _ChunkLayer(Reading):
         inside, per = torch.arange(self.size, device=key.device), query.shape[1] // key.shape[1]
         keys = self.turn(key, inside)
         each = keys.repeat_interleave(per, 1)
-        asks = scaled_dot_product_attention(self.turn(query, inside), each, value.repeat_interleave(per, 1), scale=scaling).mean(3, True)
-        pooled = softmax(asks @ each.transpose(-1, -2) * scaling, -1) @ each
+        mixed = scaled_dot_product_attention(self.turn(query, inside), each, value.repeat_interleave(per, 1), scale=scaling)
+        pooled = softmax(mixed.mean(3, True) @ each.transpose(-1, -2) * scaling, -1) @ each
         return keys, value, torch.stack([pooled[:, :, :, 0], key.mean(3).repeat_interleave(per, 1)])
 
     def step(self, query, key, value, scaling, softcap=None, s_aux=None, **_) -> torch.Tensor:
-        rows, prompts = len(query), len(self.shared[0])
-        if rows != prompts * len(self.readers):
-            raise ValueError(f"{rows} rows: expected {prompts * len(self.readers)}, for each of {len(self.readers)} readers the {prompts} prompts")
+        rows, prompts, readers = len(query), len(self.parts[0][0]), len(self.readers)
+        if rows != prompts * readers:
+            raise ValueError(f"{rows} rows: expected {prompts * readers}, for each of {readers} readers the {prompts} prompts")
         if softcap is not None or s_aux is not None:
             raise ValueError(f"layer {self.layer} caps its attention or gives a part of it to a sink: chunks are not read there")
-        start, steps, several = self.seen - query.shape[2], query.shape[2], query.shape[2] > 1
-        places = torch.arange(start, self.seen, device=query.device)
-        new = [self.turn(query, places, True), self.turn(key, places, True), value]
         if len(self.rest[0]) != rows:
-            self.rest = [x.repeat(len(self.readers), 1, 1, 1) for x in self.rest]
-        out, self.picked, at = [], [], 0
-        while at < steps:  # the queries of one chunk have the same choice
-            end = min(steps, at + self.size - (start + at) % self.size)
-            self.rest = [torch.cat([old, x[:, :, at:end]], 2) for old, x in zip(self.rest, new)]
-            out.append(self.mixed(end - at, scaling, several and self.quirk))
+            self.rest = [x.repeat(readers, 1, 1, 1) for x in self.rest]
+        steps, left = query.shape[2], self.size - self.rest[0].shape[2]
+        pieces = [min(left, steps), *[self.size] * ((steps - left) // self.size), max(0, steps - left) % self.size]
+        new, out, self.picked = self.unturned(query, key, value), [], []
+        for piece in zip(*(x.split([n for n in pieces if n], 2) for x in new)):  # queries of one chunk have the same choice
+            self.rest = [torch.cat(pair, 2) for pair in zip(self.rest, piece)]
+            out.append(self.mixed(piece[0].shape[2], scaling, self.quirk and steps > 1))
             if self.rest[0].shape[2] == self.size:
-                done, self.rest = self.complete(*self.rest, scaling), [x[:, :, :0] for x in self.rest]
-                self.own = done if self.own is None else tuple(torch.cat(pair, 2 + (i == 2)) for i, pair in enumerate(zip(self.own, done)))
-            at = end
+                self.parts, self.rest = [*self.parts, self.complete(*self.rest, scaling)], [x[:, :, :0] for x in self.rest]
         return torch.cat(out, 2).transpose(1, 2)
 
     def mixed(self, steps: int, scaling: float, quirk: bool) -> torch.Tensor:
         """The last queries of the rest over the chunks that they choose and the rest: `[row, head, query, d_head]`."""
         query, (rows, kv_heads, length, width) = self.rest[0][:, :, -steps:], self.rest[1].shape
-        per, prompts = query.shape[1] // kv_heads, len(self.shared[0])
-        parts, chosen = [self.shared, self.own] if self.own else [self.shared], []
-        for reader, q, own in zip(self.readers, query.split(prompts), self.own[2].split(prompts, 1) if self.own else self.readers):
-            chosen.append(reader.choose(Look(self.layer, q, *(torch.cat([self.shared[2], own], 3) if self.own else self.shared[2]))))
-        self.picked.append(chosen := torch.cat(chosen))
+        per, prompts = query.shape[1] // kv_heads, len(self.parts[0][0])
+        keys = torch.cat([key.repeat(1, rows // key.shape[1], 1, 1, 1) for _, _, key in self.parts], 3)
+        looks = [Look(self.layer, *found) for found in zip(query.split(prompts), *(k.split(prompts) for k in keys))]
+        chosen = torch.cat([reader.choose(look) for reader, look in zip(self.readers, looks)])
+        self.picked.append(chosen)
         own = torch.arange(length - steps, length, device=query.device)
         ahead = chosen.sum(-1, keepdim=True) - chosen.cumsum(-1) + 1  # chunks between a query's own and the one that it reads
         turned = query.new_zeros(*chosen.shape, width)
         turned[chosen] = self.turn(query[:, :, :, None].expand(turned.shape)[chosen], (ahead * self.size + own[:, None])[chosen])
-        turned = turned.unflatten(1, (kv_heads, per)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # [row, kv_head, chunk, query, d_head]
+        turned = turned.unflatten(1, (kv_heads, per)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # chunks in front of queries
         here = self.turn(query, own).unflatten(1, (kv_heads, per)).flatten(2, 3)
-        inside, logits, sizes = torch.arange(length, device=query.device), [], [k.shape[2] for k, _, _ in parts]
-        for (k, _, _), asks in zip(parts, turned.split(sizes, 2)):
+        inside, logits, sizes = torch.arange(length, device=query.device), [], [k.shape[2] for k, _, _ in self.parts]
+        for (k, _, _), asks in zip(self.parts, turned.split(sizes, 2)):
             found = _by_prompt(asks.flatten(1, 2), k.flatten(1, 2).transpose(-1, -2)).unflatten(1, (kv_heads, -1))
             logits.append(found.transpose(2, 3).flatten(3))
         logits.append(here @ self.turn(self.rest[1], inside).transpose(-1, -2))
-        hidden = ~torch.cat([chosen.repeat_interleave(self.size, -1), (inside < own[:, None] + (not quirk)).expand(*chosen.shape[:3], -1)], -1)
+        earlier = (inside < own[:, None] + (not quirk)).expand(*chosen.shape[:3], -1)
+        hidden = ~torch.cat([chosen.repeat_interleave(self.size, -1), earlier], -1)
         logits = (torch.cat(logits, -1) * scaling).unflatten(2, (per, steps))
         w = weighed(logits.masked_fill_(hidden.unflatten(1, (kv_heads, per)), -math.inf), None, None, None).flatten(2, 3)
         *w, last = w.split([n * self.size for n in sizes] + [length], -1)
-        out = last @ self.rest[2] + sum(_by_prompt(weights.contiguous(), v.flatten(2, 3)) for weights, (_, v, _) in zip(w, parts))
-        return out.unflatten(2, (per, steps)).flatten(1, 2)
+        mixed = (_by_prompt(weights.contiguous(), v.flatten(2, 3)) for weights, (_, v, _) in zip(w, self.parts))
+        return sum(mixed, last @ self.rest[2]).unflatten(2, (per, steps)).flatten(1, 2)
 
 
 class ChunkCache(Cache):
@@ -226,7 +222,7 @@ class ChunkCache(Cache):
 
     def fork(self, readers: Sequence[Reader] | Reader) -> ChunkCache:
         """The prompts of this cache, read once and held once, for other readers. ValueError when more than them was read."""
-        if self.layers[0]._first() or any(layer.own or layer.picked for layer in self.layers):
+        if any(layer._first() or layer.picked for layer in self.layers):
             raise ValueError("a cache is forked when its prompts were read and nothing else yet")
         found = copy.copy(self)  # layers replace what they hold and never change it
         found.readers = _several(readers)
@@ -243,8 +239,7 @@ class ChunkCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes that all layers hold: more than a plain cache, by the chunk keys and the last queries."""
-        held = (x for layer in self.layers for x in (*(layer.shared or ()), *(layer.own or ()), *(layer.rest or ())))
-        return sum(x.nbytes for x in held)
+        return sum(x.nbytes for layer in self.layers for part in (*layer.parts, layer.rest) for x in part)
 
 
 def _several(readers: Sequence[Reader] | Reader) -> list[Reader]:
