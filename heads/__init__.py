@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # one row for every public name: read here by `lazily`, and b
     from heads.lab.answers import answer_loss, examples, score_answers, token_losses
     from heads.lab.attribution import attribution_patching, direct_attribution, logit_lens
     from heads.lab.caches import HeadCache
+    from heads.lab.chunks import ChunkCache, Reader
     from heads.lab.circuits import copying_score, effective_embedding, ov, ov_logits, qk, successor_score
     from heads.lab.decoding import Conditions, decode_batch, decode_rows
     from heads.lab.documents import score_documents
