@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,13 @@ class Seen:
     values: torch.Tensor
     scaling: float
     budget: int
+    memo: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: object, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What several policies ask of the same layer is computed for the first of them."""
+        if name not in self.memo:
+            self.memo[name] = compute()
+        return self.memo[name]
 
     @property
     def positions(self) -> torch.Tensor:
@@ -80,12 +87,15 @@ class Keep:
         if n not in (kv_heads, seen.queries.shape[1]) or len(self.stand_ins) not in (0, n):
             raise ValueError(f"layer {seen.layer}: a policy answers for {n} heads and {len(self.stand_ins)} stand-ins: expected "
                              f"{kv_heads} key-value heads (or {seen.queries.shape[1]} query heads)")  # fmt: skip
-        rows = []
+        rows: list[torch.Tensor] = []
         for head, kept in enumerate(self.tokens):
+            if head and kept is self.tokens[head - 1]:  # several heads that keep the same
+                rows.append(rows[-1])
+                continue
             row = seen.positions if kept is None else torch.as_tensor(kept, device=seen.keys.device)
             row = row.expand(prompts, -1) if row.dim() == 1 else row
-            wrong = row.numel() and (row.min() < 0 or row.max() >= length or (row.diff(dim=-1) <= 0).any())
-            if row.shape[0] != prompts or wrong:
+            ends = kept is not None and row.numel() and ((row[:, 0] < 0) | (row[:, -1] >= length)).any()
+            if row.shape[0] != prompts or ends or kept is not None and (row.diff(dim=-1) <= 0).any():
                 raise ValueError(f"layer {seen.layer}, head {head}: kept places are [place] or [prompt, place], ascending, from 0 "
                                  f"to {length - 1}, got {list(row.shape)}: {row.flatten()[:6].tolist()}...")  # fmt: skip
             rows.append(row)
@@ -114,10 +124,11 @@ class Share:
         self.kept: list[list[int]] = []
         budget_of(share, 10**9, room)
 
-    def ask(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Keep:
+    def ask(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float,
+            memo: dict | None = None) -> Keep:  # fmt: skip
         """What the layer keeps. ValueError when the model has kept more than its share."""
         budget = budget_of(self.share, key.shape[2], self.room)
-        seen = Seen(layer, len(self.kept), self.layers, query, key, value, scaling, budget)
+        seen = Seen(layer, len(self.kept), self.layers, query, key, value, scaling, budget, {} if memo is None else memo)
         keep = self.policy(seen).checked(seen)
         self.kept.append([row.shape[1] + (extra is not None) for row, extra in zip(keep.tokens, keep.stand_ins)])
         used, allowed = sum(map(sum, self.kept)), budget * len(keep.tokens) * self.layers

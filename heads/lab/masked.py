@@ -29,7 +29,8 @@ class _WholeLayer(Reading):
 
     def settle(self, query, key, value, scaling) -> None:
         self.keys, self.values = key.view(key.shape), value
-        self.keeps = [share.ask(self.layer, query, key, value, scaling) for share in self.shares]
+        memo: dict = {}
+        self.keeps = [share.ask(self.layer, query, key, value, scaling, memo) for share in self.shares]
 
 
 class _MaskedLayer(SharedLayer):
@@ -43,11 +44,18 @@ class _MaskedLayer(SharedLayer):
         self.stand, self.bias = like.new_zeros(2, *shape, width), like.new_full(shape, -math.inf)
         for p, keep in enumerate(whole_layer.keeps):
             each = kv_heads * per // len(keep.tokens)
-            for n, (row, extra) in enumerate(zip(keep.tokens, keep.stand_ins)):
-                for head in range(n * each, (n + 1) * each):
-                    self.hidden[p, :, head].scatter_(1, row, 0.0)
-                    if extra is not None:
-                        self.stand[:, p, :, head], self.bias[p, :, head] = torch.stack([extra.key, extra.value]).to(like), extra.bias
+            sizes: dict[int, list[int]] = {}
+            for n, row in enumerate(keep.tokens):
+                sizes.setdefault(row.shape[1], []).append(n)
+            for of in sizes.values():  # heads that keep equally many at once
+                at = torch.tensor([n * each + i for n in of for i in range(each)], device=like.device)
+                rows = torch.stack([keep.tokens[n] for n in of for _ in range(each)], 1)
+                self.hidden[p, :, at] = self.hidden[p, :, at].scatter(2, rows, 0.0)
+            for n, extra in enumerate(keep.stand_ins):
+                if extra is not None:
+                    mine = slice(n * each, (n + 1) * each)
+                    self.stand[:, p, :, mine] = torch.stack([extra.key, extra.value]).to(like)[:, :, None]
+                    self.bias[p, :, mine] = extra.bias
 
     def attend(self, module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
         rows, n_heads, steps, width = query.shape

@@ -156,7 +156,11 @@ def semantic_vectors(seen: Seen, window: int = 32, pool: int = 7, top: int = 256
     """What each query head reads: the values of the tokens that the last ones attend to most, weighed by that attention,
     `[head, d_head]`."""
     alone(seen)
-    weights = avg_pool1d(attended(seen, window), _odd(pool), 1, pool // 2)[0]
+    return seen.once(("vectors", window, pool, top), lambda: _vectors(seen, window, _odd(pool), top))
+
+
+def _vectors(seen: Seen, window: int, pool: int, top: int) -> torch.Tensor:
+    weights = avg_pool1d(attended(seen, window), pool, 1, pool // 2)[0]
     best = weights.topk(min(top, weights.shape[1]), -1)
     values = seen.values[0].repeat_interleave(len(weights) // seen.values.shape[1], 0)
     return (best.values[..., None] * values.gather(1, best.indices[..., None].expand(-1, -1, values.shape[-1]))).sum(1)
@@ -164,8 +168,13 @@ def semantic_vectors(seen: Seen, window: int = 32, pool: int = 7, top: int = 256
 
 def attended(seen: Seen, window: int) -> torch.Tensor:
     """Mean attention of the last tokens to every token, `[prompt, head, position]`: softmax(q k) of the window's rows."""
+    window = min(whole("window", window, 1), seen.keys.shape[2])
+    return seen.once(("attended", window), lambda: _attended(seen, window))
+
+
+def _attended(seen: Seen, window: int) -> torch.Tensor:
     n = seen.keys.shape[2]
-    q = seen.queries[:, :, -min(whole("window", window, 1), n) :]
+    q = seen.queries[:, :, -window:]
     grouped = q.unflatten(1, (seen.keys.shape[1], -1))
     logits = (grouped @ seen.keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * seen.scaling
     later = torch.ones(q.shape[2], n, dtype=torch.bool, device=q.device).triu(n - q.shape[2] + 1)
