@@ -101,7 +101,7 @@ def test_a_stand_in_is_the_formula_of_the_paper(weight):
     torch.manual_seed(0)
     model, n, width = tiny("llama"), 12, 8
     q, k, v = torch.randn(1, 4, n + 1, width), torch.randn(1, 2, n + 1, width), torch.randn(1, 2, n + 1, width)
-    layer = _KeptLayer(model._module, 0, Share(policies.razor([(0, 1)], weight, 2, tail=3), 1.0, 4, 1))
+    layer = _KeptLayer(model._module, 0, Share(policies.razor([(0, 1)], weight, 2, tail=3), 1.0, 4, [0]))
     module = model.layers[0].attn._module
     for part in (slice(n), slice(n, n + 1)):
         marked, values = layer.update(k[:, :, part], v[:, :, part])
@@ -256,11 +256,11 @@ def test_another_attention_implementation_is_refused(llama):
 
 def test_padding_is_refused(llama):
     cache = heads.HeadCache(llama, policies.everything)
-    with pytest.raises(ValueError, match="hidden from the last token"):
+    with pytest.raises(ValueError, match="hidden from a token"):
         llama._module(**padded(llama, ["a short one", "and a longer one, so that the first is padded"]), past_key_values=cache)
     with pytest.raises(RuntimeError, match="stopped half-way"):
         llama._module(ids_of(llama, 5, 2), past_key_values=cache)
-    with pytest.raises(ValueError, match="hidden from the last token"):
+    with pytest.raises(ValueError, match="hidden from a token"):
         hidden = torch.cat([torch.ones(2, 20), torch.zeros(2, 1), torch.ones(2, 1)], 1).long()
         continued(llama, lambda c: llama._module(ids_of(llama, 2, 2), attention_mask=hidden, past_key_values=c))
 
@@ -335,7 +335,7 @@ def test_a_prompt_shorter_than_the_window_is_kept(llama):
 def seen_of(n_heads=4, kv_heads=2, n=40, width=8, budget=20, prompts=1, seed=0) -> Seen:
     dice = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(prompts, h, n, width, generator=dice) for h in (n_heads, kv_heads, kv_heads))
-    return Seen(0, 0, 4, q, k, v, width**-0.5, budget)
+    return Seen(0, (0, 1, 2, 3), q, k, v, width**-0.5, budget)
 
 
 def test_snapkv_in_loops():
@@ -413,3 +413,34 @@ def test_groups_take_their_best_head(llama):
 def test_too_many_distinct_tokens_are_refused(llama):
     with pytest.raises(ValueError, match="distinct tokens|reads"):
         repeated_tokens(llama, 10**6, 2)
+
+
+# --------------------------------------------------------------------------- found by trying to break it
+
+
+def test_padded_questions_are_masked_or_refused(llama):
+    prompt, question = ids_of(llama, 20), ids_of(llama, 4, seed=3)
+    mask, at = torch.tensor([[1] * 20 + [0, 0, 1, 1]]), torch.tensor([[0, 0, 20, 21]])
+    rows = torch.cat([ids_of(llama, 2, seed=5), question[:, :2]], 1)
+    for policy, share in ((policies.everything, 1.0), (policies.recent(1), 0.6)):
+        prefix = heads.MaskedPrefix(llama, prompt, [policy], share, room=0)
+        padded_to = llama._module(rows, attention_mask=mask, position_ids=at, past_key_values=prefix.cache()).logits[:, 2:]
+        near(padded_to, llama._module(question[:, :2], past_key_values=prefix.cache()).logits)
+        cache = heads.HeadCache(llama, policy, share, room=0)
+        llama._module(prompt, past_key_values=cache)
+        with pytest.raises(ValueError, match="hidden from a token"):
+            llama._module(rows, attention_mask=mask, position_ids=at, past_key_values=cache)
+
+
+def test_rows_of_a_masked_prefix_are_no_beams(llama):
+    ids = ids_of(llama, 21)
+    prefix = heads.MaskedPrefix(llama, ids[:, :-1], [policies.everything, policies.recent(1)], [1, 0.5], room=0)
+    with pytest.raises(NotImplementedError, match="rows of a MaskedPrefix are policies"):
+        llama._module.generate(ids, past_key_values=prefix.cache(), num_beams=2, max_new_tokens=8, do_sample=False)
+
+
+def test_heads_in_full_are_in_layers_that_see_everything():
+    model = tiny("gemma2")
+    for layer in (0, 99):
+        with pytest.raises(ValueError, match=rf"head \({layer}, 0\) of full: only layers 1, 3 see everything"):
+            real(model, ids_of(model, LENGTH + QUESTION), policies.razor([(layer, 0), (1, 0)], None, 2), 0.7)

@@ -169,7 +169,7 @@ def test_a_cache_that_went_on_is_not_forked(llama):
 
 
 def test_padding_and_patterns_are_refused(llama):
-    with pytest.raises(ValueError, match="hidden from the last token"):
+    with pytest.raises(ValueError, match="hidden from a token"):
         llama._module(**padded(llama, ["a short one", "and a longer one, so that the first is padded"]), past_key_values=ChunkCache(llama, 4))
     cache = read(llama, ids_of(llama, 20))
     with pytest.raises(NotImplementedError, match="no pattern"), torch.no_grad(), llama.trace(ids_of(llama, 1), past_key_values=cache):
@@ -193,3 +193,14 @@ def test_the_best_chunks_and_the_forced_ones():
     read = {reader: reader.choose(look)[0, 0, 0].nonzero().flatten().tolist() for reader in (Reader(4), Reader(3), Reader(4, first=False), Reader(7), Reader(6))}
     assert list(read.values()) == [[0, 2, 5], [0, 5], [2, 4, 5], [0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5]]
     assert math.isclose(by_key(look)[0, 0, 0, 2].item(), 10) and heads.Reader is Reader
+
+
+def test_the_last_complete_chunk_is_read_also_where_it_is_the_first(llama):
+    for quirk in (False, True):
+        cache = heads.ChunkCache(llama, 4, [heads.Reader(3), heads.Reader(3, first=False)], quirk=quirk)
+        llama._module(ids_of(llama, 5), past_key_values=cache)
+        found = llama._module(ids_of(llama, 3, 2), past_key_values=cache).logits
+        assert found.isfinite().all()
+    alone = heads.ChunkCache(llama, 4, heads.Reader(3, first=False))
+    llama._module(ids_of(llama, 5), past_key_values=alone)
+    assert llama._module(ids_of(llama, 3), past_key_values=alone).logits.isfinite().all()

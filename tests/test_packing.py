@@ -126,3 +126,17 @@ def test_candidates_of_an_edited_model(llama):
 def test_candidates_that_cannot_be(llama, candidates, words):
     with pytest.raises(ValueError, match=words):
         heads.candidate_scores(llama, "count the owls:", candidates)
+
+
+def test_edits_that_count_from_the_end_are_those_of_each_answer(llama):
+    cut, prompt = heads.ablate(llama, [(1, 2), (3, 0)], positions=[-1]), "count the owls in the tower:"
+    wanted = heads.score_answers(cut, heads.examples(cut, [(prompt, word) for word in WORDS]))
+    for ours, theirs in zip(heads.candidate_scores(cut, prompt, WORDS), wanted):
+        assert (ours.logprob - theirs.logprob).abs().max() < 1e-4
+
+
+def test_a_module_in_training_mode_is_tried_without_dropout():
+    model = fresh("gpt2")
+    model._module.train()
+    heads.packed_loss(model, items_of(model, LENGTHS))
+    assert model._module.training and all(m.training for m in model._module.modules())

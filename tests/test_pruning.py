@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import CORE, ids_of, logits_of, near, tiny
+from conftest import CORE, fresh, ids_of, logits_of, near, tiny
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import heads
+from heads.lab.pruning import _copy
 
 SOME = [(0, 1), (2, 3), (2, 0), (3, 2)]
 
@@ -79,3 +80,17 @@ def test_edits_are_no_weights(llama, tmp_path):
     pruned.save(tmp_path)
     with pytest.raises(FileExistsError, match="not empty"):
         pruned.save(tmp_path)
+
+
+def test_how_it_generates_is_kept():
+    model = fresh("llama")
+    model._module.generation_config.eos_token_id = [2, 7]
+    assert heads.prune(model, [(0, 0)]).module.generation_config.eos_token_id == [2, 7]
+
+
+def test_half_precision_leaves_rotary_frequencies(tmp_path):
+    tiny("llama")._module.save_pretrained(tmp_path / "m")
+    tiny("llama").tokenizer.save_pretrained(tmp_path / "m")
+    model = heads.load(str(tmp_path / "m"), device="cpu", dtype="bfloat16")
+    copy = _copy(model, [(0, 0)], [])
+    assert copy.model.rotary_emb.inv_freq.dtype == torch.float32 and copy.lm_head.weight.dtype == torch.bfloat16

@@ -22,7 +22,7 @@ def seen(index):
     """The first or last layer of two, of random queries, keys and values."""
     dice = torch.Generator().manual_seed(index)
     q, k, v = (torch.randn(1, h, N, 4, generator=dice) for h in (HEADS, 4, 4))
-    return Seen(index, index, 2, q, k, v, 0.5, N)
+    return Seen(index, (0, 1), q, k, v, 0.5, N)
 
 
 def sizes():

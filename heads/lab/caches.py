@@ -29,16 +29,14 @@ class Seen:
     """A layer whose prompt was read, as a policy sees it.
 
     Attributes:
-        layer: of the model. index, layers: its place among the layers that see everything, and their number (a layer with a
-            sliding window keeps that, by itself).
+        layer: of the model. free: the layers that see everything (one with a sliding window keeps that, by itself).
         queries: `[prompt, head, position, d_head]`; keys, values: `[prompt, kv_head, position, d_head]`, as they meet.
         scaling: factor on their products.
         budget: tokens that a key-value head may keep on average over the whole model.
     """
 
     layer: int
-    index: int
-    layers: int
+    free: tuple[int, ...]
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
@@ -51,6 +49,15 @@ class Seen:
         if name not in self.memo:
             self.memo[name] = compute()
         return self.memo[name]
+
+    @property
+    def layers(self) -> int:
+        """The number of layers that see everything; `index` is the place of this one among them."""
+        return len(self.free)
+
+    @property
+    def index(self) -> int:
+        return self.free.index(self.layer)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -119,8 +126,8 @@ def budget_of(share: float, length: int, room: int) -> int:
 class Share:
     """A policy with what it may keep and what it has kept, layer by layer."""
 
-    def __init__(self, policy: Policy, share: float, room: int, layers: int):
-        self.policy, self.share, self.room, self.layers = policy, share, whole("room", room, 0), layers
+    def __init__(self, policy: Policy, share: float, room: int, free: Sequence[int]):
+        self.policy, self.share, self.room, self.free = policy, share, whole("room", room, 0), tuple(free)
         self.kept: list[list[int]] = []
         budget_of(share, 10**9, room)
 
@@ -128,10 +135,10 @@ class Share:
             memo: dict | None = None) -> Keep:  # fmt: skip
         """What the layer keeps. ValueError when the model has kept more than its share."""
         budget = budget_of(self.share, key.shape[2], self.room)
-        seen = Seen(layer, len(self.kept), self.layers, query, key, value, scaling, budget, {} if memo is None else memo)
+        seen = Seen(layer, self.free, query, key, value, scaling, budget, {} if memo is None else memo)
         keep = self.policy(seen).checked(seen)
         self.kept.append([row.shape[1] + (extra is not None) for row, extra in zip(keep.tokens, keep.stand_ins)])
-        used, allowed = sum(map(sum, self.kept)), budget * len(keep.tokens) * self.layers
+        used, allowed = sum(map(sum, self.kept)), budget * len(keep.tokens) * len(self.free)
         if used > allowed:
             raise ValueError(f"the policy has kept {used} tokens up to layer {layer}, more than the {allowed} of all layers that a "
                              f"share of {self.share} with room for {self.room} leaves: a larger share, or a policy that takes less")  # fmt: skip
@@ -174,9 +181,13 @@ class Reading(DynamicLayer):
     def attend(self, module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
                scaling: float | None = None, **kwargs: Any) -> torch.Tensor:  # fmt: skip
         """`[batch, head, query, d_head]` and what is new -> `[batch, query, head, d_head]`."""
-        if mask is not None and not (mask[..., -1, :] if mask.dtype == torch.bool else mask[..., -1, :] >= 0).all():
-            raise ValueError(f"layer {self.layer}: something is hidden from the last token (padding, or a window of this layer's "
-                             "own): prompts of equal length, without padding")  # fmt: skip
+        if mask is not None:
+            visible = mask if mask.dtype == torch.bool else mask >= 0
+            steps, length = visible.shape[-2:]
+            wanted = torch.ones(steps, length, dtype=torch.bool, device=mask.device).tril(length - steps)
+            if (wanted & ~visible).any():
+                raise ValueError(f"layer {self.layer}: something earlier is hidden from a token (padding, or a window of this layer's "
+                                 "own): prompts of equal length, without padding")  # fmt: skip
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if self._first():
             out = attention(module, query, key.view(key.shape), value, mask, scaling=scaling, **kwargs)[0]
@@ -345,7 +356,7 @@ class HeadCache(Cache):
 
     def __init__(self, model, policy: Policy, share: float = 1.0, room: int = 64):
         free = free_layers(model)
-        self.share, layers = Share(policy, share, room, len(free)), DynamicCache(config=model.config).layers
+        self.share, layers = Share(policy, share, room, free), DynamicCache(config=model.config).layers
         for i in free:
             layers[i] = _KeptLayer(model._module, i, self.share)
         super().__init__(layers=layers)

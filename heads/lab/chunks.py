@@ -70,6 +70,7 @@ class Reader:
         shape = (*look.queries.shape[:3], n := look.pooled.shape[2])
         chosen = torch.ones(shape, dtype=torch.bool, device=look.queries.device)
         chosen[..., : not self.first] = False
+        chosen[..., -1:] = True  # the last complete one, also where it is the first
         if self.count is not None and n > self.count - 1:
             scores = self.scores(look)
             if scores.shape != shape:
@@ -98,6 +99,8 @@ class _Turn:
             tables = self.rotary()(x.reshape(1, -1, x.shape[-1]), torch.arange(2 * longest, device=x.device)[None])
             self.cos, self.sin = tables[0][0], tables[1][0]
         x, places = torch.broadcast_tensors(x, places[..., None])
+        if not x.numel():
+            return x
         width, rows = self.cos.shape[-1], x.reshape(-1, 1, x.shape[-2], x.shape[-1])
         cos, sin = (table[places[..., 0].reshape(-1, rows.shape[2])] for table in (self.cos, self.sin))
         turned = self.apply(rows[..., :width], rows[:, :0, :, :width], cos, -sin if back else sin)[0]

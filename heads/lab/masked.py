@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -71,12 +72,24 @@ class _MaskedLayer(SharedLayer):
         later = torch.ones(steps, new, dtype=torch.bool, device=q.device).triu(new - steps + 1)
         masks = [q.new_zeros(steps, new).masked_fill(later, -math.inf).expand(*split, -1, -1),
                  self.hidden.reshape(*split, 1, -1).expand(*split, steps, -1), self.bias.reshape(*split, 1, 1).expand(*split, steps, 1)]  # fmt: skip
+        hides = torch.cat(masks, -1)
+        if mask is not None:  # padding of what follows: the columns of the prompt, and of what is new
+            given = mask.to(q) if mask.dtype != torch.bool else q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
+            given = given[:, :, None] if given.shape[1] == 1 else given.view(*split, *given.shape[2:])
+            prompt, rest = given[..., : self.prefix_keys.shape[2]], given[..., -new:]
+            given = torch.cat([rest, prompt, prompt.new_zeros(*prompt.shape[:-1], 1)], -1)
+            hides = (hides + given).clamp(min=torch.finfo(q.dtype).min)  # a row of padding may see nothing
         logits = torch.cat(parts, -1) * (width**-0.5 if scaling is None else scaling)
         sink = None if s_aux is None else s_aux.view(kv_heads, -1)
-        w = weighed(logits, torch.cat(masks, -1), softcap, sink).view(rows, kv_heads, -1, logits.shape[-1])
+        w = weighed(logits, hides, softcap, sink).view(rows, kv_heads, -1, logits.shape[-1])
         z = w[..., :new] @ value + self.mix(w[..., new:-1].contiguous())
         z = z.view(*split, steps, width) + w[..., -1:].view(*split, steps, 1) * stand[1][..., None, :]
         return z.reshape(rows, n_heads, steps, width).transpose(1, 2)
+
+    def batch_select_indices(self, *_: Any) -> None:
+        raise NotImplementedError("the rows of a MaskedPrefix are policies, which are not reordered: no beams, no choice of rows")
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices
 
 
 class MaskedPrefix(Prefix):
@@ -101,7 +114,7 @@ class MaskedPrefix(Prefix):
         each = [shares] * len(policies) if isinstance(shares, (int, float)) else list(shares)
         if not policies or len(each) != len(policies):
             raise ValueError(f"{len(policies)} policies and {len(each)} shares: expected one or more, and a share for each")
-        self.shares = [Share(policy, share, room, len(free)) for policy, share in zip(policies, each)]
+        self.shares = [Share(policy, share, room, free) for policy, share in zip(policies, each)]
         self.ids, self.prompt, self._module, self.edits = ids, prompt, model._module, list(model._edits)
         self._per = model.anatomy.n_heads // model.anatomy.n_kv_heads
         layers = [_WholeLayer(model._module, i, self.shares) if i in free else DynamicLayer() for i in range(model.anatomy.n_layers)]

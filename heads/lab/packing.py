@@ -82,12 +82,18 @@ def _agrees(model) -> None:
         size = model.config.get_text_config().vocab_size
         ids = ((torch.arange(60) * (size // 7) + 5) % size).tolist()
         few = [Example(tuple(ids[:20]), tuple(ids[20:23])), Example(tuple(ids[30:33]), tuple(ids[33:40])), Example(tuple(ids[40:52]), (7,))]
+        module = getattr(model, "_module", model)
+        training = [m for m in module.modules() if m.training]
+        module.eval()  # dropout would differ by itself
         try:
             ours = torch.stack([-score.logprob.mean() for score in _row(model, few)])
             theirs = torch.stack([answer_loss(model, [item]) for item in few])
             found["_packs"] = float((ours - theirs).abs().max())
         except (RuntimeError, TypeError, ValueError, IndexError):  # no position ids, or no choice of logits
             found["_packs"] = math.inf
+        finally:
+            for m in training:
+                m.training = True
     if not found["_packs"] <= (1e-3 if next(getattr(model, "_module", model).parameters()).dtype == torch.float32 else 0.1):
         raise ValueError(f"a {model.config.model_type} module cannot be packed (its losses are off by {found['_packs']:.1e} nats): "
                          "train it on padded batches, heads.answer_loss")  # fmt: skip
@@ -101,7 +107,7 @@ def candidate_scores(model, prompt: str, candidates: Sequence[str], batch: int =
     and the second makes up for it. An answer brings the space or newline that separates it from the prompt.
 
     Args:
-        model: a loaded decoder, edited or not.
+        model: a loaded decoder; for an edited one every answer is read with its prompt.
         batch: so many answers in one pass.
 
     Raises:
@@ -115,10 +121,10 @@ def candidate_scores(model, prompt: str, candidates: Sequence[str], batch: int =
         if item in items[:i]:
             raise ValueError(f"candidates {candidates[items.index(item)]!r} and {candidates[i]!r} are the same tokens")
     ids = torch.tensor(items[0].prompt, device=model.device)[None]
-    if len(items[0].prompt) == 1:  # nothing stands before the token from which the answers are read
+    # edits may count positions from an answer's end; and nothing may stand before the token from which answers are read
+    if model._edits or len(items[0].prompt) == 1:
         return score_answers(model, items, size)
-    longest = max(len(item.answer) for item in items)
-    prefix, found = Prefix(model, ids[:, :-1], prompt=ids.shape[1] + longest - 1), []
+    prefix, found = Prefix(model, ids[:, :-1]), []
     for start in range(0, len(items), size):
         part = items[start : start + size]
         width = max(len(item.answer) for item in part)

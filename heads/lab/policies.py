@@ -84,6 +84,9 @@ def razor(full: Iterable[tuple[int, int]], stand_in: str | None = "count", sinks
         kv_heads, n = seen.keys.shape[1], seen.keys.shape[2]
         if wrong := [head for head in full if head[1] >= kv_heads]:
             raise ValueError(f"head {min(wrong)} of full: this model has {kv_heads} key-value heads in a layer")
+        if wrong := [head for head in full if head[0] not in seen.free]:
+            raise ValueError(f"head {min(wrong)} of full: only layers {', '.join(map(str, seen.free))} see everything, and a layer with "
+                             "a sliding window keeps that by itself")  # fmt: skip
         others = seen.layers * kv_heads - len(full)
         left = (seen.budget * seen.layers * kv_heads - len(full) * n) // max(others, 1) - sinks - (stand_in is not None)
         if (left if tail is None else tail) < 1:

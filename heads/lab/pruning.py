@@ -116,8 +116,13 @@ def _copy(model, gone: list, removed: list) -> nn.Module:
                 kept.setdefault(module, []).append(features[of].flatten())
             for module, rows in kept.items():
                 _slice(state, names, module, torch.cat(rows).sort().values)
-    new = type(old)(config).to(old.device, old.dtype)
+    new = type(old)(config).to(old.device)
+    kept = [x for name, x in (*new.named_parameters(), *new.named_buffers()) if name in state]  # rotary frequencies are not, and stay
+    for tensor in kept:
+        tensor.data = tensor.data.to(old.dtype) if tensor.is_floating_point() else tensor.data
     new.load_state_dict(state)
+    if getattr(old, "generation_config", None) is not None:
+        new.generation_config = deepcopy(old.generation_config)
     return new.eval()
 
 
