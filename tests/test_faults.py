@@ -312,6 +312,8 @@ def sense(model, folder) -> dict[str, dict]:
         "evaluate": {**on, "task": task},
         "examples": {**on, "pairs": [("a b", " c")]},
         "fit": {"trained": [torch.nn.Parameter(torch.ones(1))], "loss": lambda batch: batch, "data": [1, 2], "steps": 1},
+        "ChunkCache": on,
+        "Reader": {},
         "HeadCache": {**on, "policy": heads.policies.everything},
         "MaskedPrefix": {**on, "ids": row, "policies": [heads.policies.everything]},
         "head_activations": {**on, "texts": [row]},

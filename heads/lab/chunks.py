@@ -64,6 +64,10 @@ class Reader:
     def __post_init__(self):
         if self.count is not None:
             whole("count", self.count, 3)
+        if not callable(self.scores):
+            raise TypeError(f"scores are a function of a Look, got {self.scores!r}")
+        if not isinstance(self.first, bool):
+            raise TypeError(f"first is True or False, got {self.first!r}")
 
     def choose(self, look: Look) -> torch.Tensor:
         """`[prompt, head, query, chunk]`, true where a complete chunk is read. ValueError for scores of another shape."""

@@ -15,6 +15,7 @@ below 5.3 and this package writes a record of its own, `caches-kvpress`, in whic
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from contextlib import nullcontext
 
@@ -42,8 +43,7 @@ def policies(model) -> dict:
 
 def press(name: str):
     """A press of kvpress that drops what a share of SHARE leaves to drop."""
-    import kvpress
-
+    kvpress = importlib.import_module("kvpress")  # in an environment of its own
     snap = kvpress.SnapKVPress(compression_ratio=1 - SHARE, window_size=32, kernel_size=7)
     if name.startswith(("Ada", "CriticalAda")):
         return getattr(kvpress, name)(snap)
