@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from heads.lab.answers import AnswerScore, Example, answer_loss, examples, read, score_answers
+from heads.lab.answers import AnswerScore, Example, answer_loss, examples, fed, read, score_answers
 from heads.model.prefix import Prefix
 from heads.model.weights import check_length, decoder_only
 from heads.names import whole
@@ -63,10 +63,10 @@ def _row(model, items: list[Example]) -> list[AnswerScore]:
     module = getattr(model, "_module", model)
     ids, positions, keep, gold = [], [], [], []
     for item in items:
-        fed = (*item.prompt, *item.answer)[:-1]
-        keep += range(len(ids) + len(item.prompt) - 1, len(ids) + len(fed))
-        ids += fed
-        positions += range(len(fed))
+        row = (*item.prompt, *item.answer)[:-1]
+        keep += range(len(ids) + len(item.prompt) - 1, len(ids) + len(row))
+        ids += row
+        positions += range(len(row))
         gold += item.answer
     device = next(module.parameters()).device
     ids, positions, keep, gold = (torch.tensor(x, device=device) for x in (ids, positions, keep, gold))
@@ -127,11 +127,8 @@ def candidate_scores(model, prompt: str, candidates: Sequence[str], batch: int =
     prefix, found = Prefix(model, ids[:, :-1]), []
     for start in range(0, len(items), size):
         part = items[start : start + size]
-        width = max(len(item.answer) for item in part)
-        rows = [[item.prompt[-1], *item.answer[:-1]] for item in part]
-        fed = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-        gold = torch.tensor([[*item.answer] + [-100] * (width - len(item.answer)) for item in part])
-        with model.trace(fed, past_key_values=prefix.cache(), use_cache=True):
+        inputs, gold = fed([[item.prompt[-1], *item.answer] for item in part], [1] * len(part), model.device)
+        with model.trace(inputs["input_ids"], past_key_values=prefix.cache(), use_cache=True):
             logits = model.logits.save()
         found += [score.cpu() for score in read(logits, gold).split([len(item.answer) for item in part])]
     return found

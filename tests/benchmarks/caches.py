@@ -58,9 +58,8 @@ def ways() -> list[str]:
 class Way:
     """How one way reads a prompt and goes on."""
 
-    def __init__(self, model, name: str):
-        self.module, self.name, self.model = model._module, name, model
-        self.policy = policies(model).get(name)
+    def __init__(self, model, name: str, chosen: dict):
+        self.module, self.name, self.model, self.policy = model._module, name, model, chosen.get(name)
 
     def cache(self, length: int):
         if self.policy:
@@ -99,7 +98,8 @@ def held(cache) -> int:
 def times(length: int, rounds: int) -> dict:
     """Medians of every way, in turns, and the bytes that it holds when the prompt is read."""
     model, ids = ours(), samples(1, length)[0].ids[:, :length]
-    found = {name: Way(model, name) for name in ways()}
+    chosen = policies(model)
+    found = {name: Way(model, name, chosen) for name in ways()}
     seconds = {name: {"prefill": [], "decode": []} for name in found}
     size = {}
     for i in range(rounds + 1):
@@ -117,7 +117,7 @@ def times(length: int, rounds: int) -> dict:
 def peak(length: int, name: str) -> int:
     """Peak of reading the prompt, above the loaded model."""
     model = ours()
-    way, short = Way(model, name), samples(1, 600)[0].ids
+    way, short = Way(model, name, policies(model)), samples(1, 600)[0].ids
     way.read(short)
     return peak_above(way.read, samples(1, length)[0].ids[:, :length])[0]
 
@@ -125,9 +125,9 @@ def peak(length: int, name: str) -> int:
 def accuracy(prompts: int, length: int) -> dict:
     """Share of the gold answer's tokens that are right and its NLL, the context cut before the question is known."""
     model, needles = ours(), samples(prompts, length)
-    found = {}
+    found, chosen = {}, policies(model)
     for name in ways():
-        way, right, losses = Way(model, name), [], []
+        way, right, losses = Way(model, name, chosen), [], []
         for sample in needles:
             split, answer = sample.ids.shape[1] - 24, sample.answer_ids
             rest = torch.cat([sample.ids[:, split:], answer[None, :-1]], 1)
@@ -148,7 +148,7 @@ def agree(length: int) -> float:
         twin = model._module(ids[:, -24:].repeat(len(chosen), 1), past_key_values=masked.cache()).logits
     differences = []
     for name, theirs in zip(chosen, twin):
-        way = Way(model, name)
+        way = Way(model, name, chosen)
         differences.append((way.go_on(way.read(ids[:, :-24]), ids[:, -24:]) - theirs).abs().max().item())
     return max(differences)
 
