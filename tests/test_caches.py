@@ -444,3 +444,15 @@ def test_heads_in_full_are_in_layers_that_see_everything():
     for layer in (0, 99):
         with pytest.raises(ValueError, match=rf"head \({layer}, 0\) of full: only layers 1, 3 see everything"):
             real(model, ids_of(model, LENGTH + QUESTION), policies.razor([(layer, 0), (1, 0)], None, 2), 0.7)
+
+
+def test_a_pattern_behind_a_masked_prefix_is_refused(llama):
+    """It would be that of a whole cache: what a policy hides is not in it."""
+    prefix = heads.MaskedPrefix(llama, ids_of(llama, 20), [policies.everything, policies.recent(1)], [1, 0.5], room=0)
+    for read in (True, False):
+        with pytest.raises(NotImplementedError, match="a policy hides other tokens"), torch.no_grad():
+            with llama.trace(ids_of(llama, 2, 2), past_key_values=prefix.cache(), use_cache=True):
+                if read:
+                    llama.layers[1].attn.pattern.save()
+                else:
+                    llama.layers[1].attn.pattern[:] = 0

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from heads.model.attention import NAME, attention
+from heads.model.attention import NAME, attention, mix, pattern
 from heads.model.prefix import agrees
 from heads.model.weights import decoder_only
 from heads.names import whole
@@ -229,21 +229,10 @@ class _Group:
                 mask = torch.cat([mask[..., :1] + self.bias.to(mask)[None, :, None, None], mask[..., 1:]], -1)
         if softcap is None and sink is None:
             return scaled_dot_product_attention(rows, keys, values, mask, scale=scaling).view(query.shape)
-        logits = (rows @ keys.transpose(-1, -2) * scaling).view(batch, heads, per, steps, -1)
-        mask = None if mask is None else mask.view(batch, heads, per, steps, -1)
-        sink = None if sink is None else sink.view(-1, per)[self.heads]
-        return (weighed(logits, mask, softcap, sink) @ values[:, :, None]).to(query.dtype)
-
-
-def weighed(logits: torch.Tensor, mask: torch.Tensor | None, softcap: float | None, sink: torch.Tensor | None) -> torch.Tensor:
-    """Softmax in float32 of logits `[batch, kv_head, per, query, key]`, capped, masked (additive) and with a sink
-    `[kv_head, per]` that takes its share and gives nothing."""
-    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
-    logits = logits if mask is None else logits + mask
-    if sink is None:
-        return softmax(logits, -1, dtype=torch.float32).to(logits.dtype)
-    sink = sink.to(logits)[None, :, :, None, None].expand(*logits.shape[:-1], 1)
-    return softmax(torch.cat([logits, sink], -1), -1, dtype=torch.float32)[..., :-1].to(logits.dtype)
+        mask = None if mask is None else mask.reshape(batch, heads * per, steps, -1)
+        sink = None if sink is None else sink.view(-1, per)[self.heads].flatten()
+        weights = pattern(None, query.flatten(1, 2), keys, mask, scaling, softcap, s_aux=sink)
+        return mix(weights, values).transpose(1, 2).reshape(query.shape)
 
 
 class _KeptLayer(Reading):

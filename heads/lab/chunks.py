@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from transformers.cache_utils import Cache, DynamicCache
 
-from heads.lab.caches import Reading, free_layers, weighed
+from heads.lab.caches import Reading, free_layers
 from heads.model.prefix import _by_prompt
 from heads.names import whole
 
@@ -192,7 +192,8 @@ class _ChunkLayer(Reading):
         earlier = (inside < own[:, None] + (not quirk)).expand(*chosen.shape[:3], -1)
         hidden = ~torch.cat([chosen.repeat_interleave(self.size, -1), earlier], -1)
         logits = (torch.cat(logits, -1) * scaling).unflatten(2, (per, steps))
-        w = weighed(logits.masked_fill_(hidden.unflatten(1, (kv_heads, per)), -math.inf), None, None, None).flatten(2, 3)
+        logits = logits.masked_fill_(hidden.unflatten(1, (kv_heads, per)), -math.inf)
+        w = softmax(logits, -1, dtype=torch.float32).to(logits.dtype).flatten(2, 3)
         *w, last = w.split([n * self.size for n in sizes] + [length], -1)
         mixed = (_by_prompt(weights.contiguous(), v.flatten(2, 3)) for weights, (_, v, _) in zip(w, self.parts))
         return sum(mixed, last @ self.rest[2]).unflatten(2, (per, steps)).flatten(1, 2)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from heads.lab.caches import Policy, Reading, Share, free_layers, weighed
-from heads.model.prefix import Prefix, SharedLayer, _check
+from heads.lab.caches import Policy, Reading, Share, free_layers
+from heads.model.attention import mix, pattern
+from heads.model.prefix import Prefix, SharedLayer, _by_prompt, _check
 from heads.names import whole
 
 
@@ -58,38 +59,54 @@ class _MaskedLayer(SharedLayer):
                     self.stand[:, p, :, mine] = torch.stack([extra.key, extra.value]).to(like)[:, :, None]
                     self.bias[p, :, mine] = extra.bias
 
-    def attend(self, module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **_) -> torch.Tensor:
-        rows, n_heads, steps, width = query.shape
-        if rows != self.policies * len(self.prefix_keys):
+    def attend(self, module, query, key, value, mask, **kwargs) -> torch.Tensor:
+        if (rows := len(query)) != self.policies * len(self.prefix_keys):
             raise ValueError(f"{rows} rows: expected {self.policies * len(self.prefix_keys)}, for each of {self.policies} policies "
                              f"the {len(self.prefix_keys)} prompts")  # fmt: skip
-        kv_heads, new = key.shape[1], key.shape[2]
-        split = (rows, kv_heads, n_heads // kv_heads)
-        q = query.reshape(rows, kv_heads, -1, width)
-        stand = self.stand.reshape(2, *split, width)
-        parts = [(q @ key.transpose(-1, -2)).view(*split, steps, new), self.logits(q).view(*split, steps, -1),
-                 query.view(*split, steps, width) @ stand[0][..., None]]  # fmt: skip
-        later = torch.ones(steps, new, dtype=torch.bool, device=q.device).triu(new - steps + 1)
-        masks = [q.new_zeros(steps, new).masked_fill(later, -math.inf).expand(*split, -1, -1),
-                 self.hidden.reshape(*split, 1, -1).expand(*split, steps, -1), self.bias.reshape(*split, 1, 1).expand(*split, steps, 1)]  # fmt: skip
-        hides = torch.cat(masks, -1)
-        if mask is not None:  # padding of what follows: the columns of the prompt, and of what is new
-            given = mask.to(q) if mask.dtype != torch.bool else q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
-            given = given[:, :, None] if given.shape[1] == 1 else given.view(*split, *given.shape[2:])
-            prompt, rest = given[..., : self.prefix_keys.shape[2]], given[..., -new:]
-            given = torch.cat([rest, prompt, prompt.new_zeros(*prompt.shape[:-1], 1)], -1)
-            hides = (hides + given).clamp(min=torch.finfo(q.dtype).min)  # a row of padding may see nothing
-        logits = torch.cat(parts, -1) * (width**-0.5 if scaling is None else scaling)
-        sink = None if s_aux is None else s_aux.view(kv_heads, -1)
-        w = weighed(logits, hides, softcap, sink).view(rows, kv_heads, -1, logits.shape[-1])
-        z = w[..., :new] @ value + self.mix(w[..., new:-1].contiguous())
-        z = z.view(*split, steps, width) + w[..., -1:].view(*split, steps, 1) * stand[1][..., None, :]
-        return z.reshape(rows, n_heads, steps, width).transpose(1, 2)
+        before, own = _Before(self, query.shape), key.view(key.shape)
+        own.prefix = before
+        return mix(pattern(module, query, own, self._hides(query, key.shape[2], mask), **kwargs), value, before)
+
+    def _hides(self, query, new: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """`[row, head, query, key]` to add to the logits: of the prompt, the stand-in and what is new."""
+        rows, n_heads, steps, _ = query.shape
+        later = torch.ones(steps, new, dtype=torch.bool, device=query.device).triu(new - steps + 1)
+        parts = [self.hidden.view(rows, n_heads, 1, -1), self.bias.view(rows, n_heads, 1, 1), query.new_zeros(steps, new).masked_fill(later, -math.inf)]
+        found = torch.cat([part.expand(rows, n_heads, steps, -1) for part in parts], -1)
+        if mask is None:
+            return found
+        # padding of what follows: the columns of the prompt, and of what is new
+        given = mask.to(query) if mask.dtype != torch.bool else query.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
+        prompt, rest = given[..., : self.prefix_keys.shape[2]], given[..., -new:]
+        given = torch.cat([prompt, prompt.new_zeros(*prompt.shape[:-1], 1), rest], -1)
+        return (found + given).clamp(min=torch.finfo(query.dtype).min)  # a row of padding may see nothing
+
+    def logits(self, queries: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("a policy hides other tokens from every head, and a pattern that is read or edited does not know of "
+                                  "it: read it while the prompt is read, or with heads.Prefix")  # fmt: skip
 
     def batch_select_indices(self, *_: Any) -> None:
         raise NotImplementedError("the rows of a MaskedPrefix are policies, which are not reordered: no beams, no choice of rows")
 
     reorder_cache = batch_repeat_interleave = batch_select_indices
+
+
+class _Before:
+    """What stands before the new keys of a pass, as the attention call asks for it: the prompt, and one column more for the
+    stand-in of each head."""
+
+    def __init__(self, layer: _MaskedLayer, shape: torch.Size):
+        rows, n_heads, self.steps, width = shape
+        self.keys, self.values = layer.prefix_keys, layer.prefix_values
+        self.stand = layer.stand.view(2, rows, self.keys.shape[1], -1, 1, width)  # [key or value, row, kv_head, per, 1, d_head]
+
+    def logits(self, queries: torch.Tensor) -> torch.Tensor:
+        stand = queries.unflatten(2, (-1, self.steps)) @ self.stand[0].transpose(-1, -2)
+        return torch.cat([_by_prompt(queries, self.keys.transpose(-1, -2)), stand.flatten(2, 3)], -1)
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        stand = weights[..., -1:].unflatten(2, (-1, self.steps)) * self.stand[1]
+        return _by_prompt(weights[..., :-1].contiguous(), self.values) + stand.flatten(2, 3)
 
 
 class MaskedPrefix(Prefix):
