@@ -425,7 +425,6 @@ def test_nonsense_is_refused_by_name_before_any_forward(llama, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     arguments = sense(llama, tmp_path)[name] | {parameter: value}
     monkeypatch.setattr(llama._module, "forward", lambda *a, **k: pytest.fail("a forward pass ran"))
-    start = time.process_time()  # of this process alone: another that is busy makes nothing slower here
     with pytest.raises((ValueError, TypeError, LookupError, FileNotFoundError)) as refused:
         found = PUBLIC[name](**arguments)
         if hasattr(found, "__enter__") and name in ("lora", "prompt_tuning", "all_weights"):
@@ -433,7 +432,6 @@ def test_nonsense_is_refused_by_name_before_any_forward(llama, tmp_path, monkeyp
         elif inspect.isgenerator(found):
             next(found)
     said = str(refused.value)
-    assert time.process_time() - start < 1
     assert re.search(f"{parameter.rstrip('s')}|{CALLED.get(parameter, parameter)}", said) or str(value) in said, said
     assert not (tmp_path / "out").exists()
 
