@@ -9,7 +9,6 @@ pass, without freeing anything.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,13 +149,13 @@ class Reading(DynamicLayer):
 
     def __init__(self, model, layer: int):
         super().__init__()
-        self.model, self.layer, self.seen, self.waiting = weakref.ref(model), layer, 0, False
+        self.config, self.layer, self.seen, self.waiting = model.config.get_text_config(), layer, 0, False
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
-        by = self.model().config.get_text_config()._attn_implementation
+        by = self.config._attn_implementation
         if self.waiting:
             raise RuntimeError("a pass over this cache stopped half-way, so it holds a part of it: reset() it, or make a new one")
         if not by.startswith(NAME):
@@ -202,9 +201,10 @@ class _Group:
     """Heads of a layer that keep equally many tokens, in one block: `[keys or values, batch, head, token, d_head]`."""
 
     def __init__(self, heads: list[int], keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, room: int):
-        self.length, self.bias = keys.shape[2], bias
-        together = heads == list(range(heads[0], heads[-1] + 1))
-        self.heads = slice(heads[0], heads[-1] + 1) if together else torch.tensor(heads, device=keys.device)
+        self.length, self.bias = keys.shape[2], None if bias is None else bias.to(keys.dtype)[:, None, None]
+        apart = heads[1] - heads[0] if len(heads) > 1 else 1  # evenly spaced heads are read in place, others copied
+        even = heads == list(range(heads[0], heads[-1] + 1, apart))
+        self.heads = slice(heads[0], heads[-1] + 1, apart) if even else torch.tensor(heads, device=keys.device)
         self.store = keys.new_empty(2, *keys.shape[:2], self.length + room, keys.shape[3])
         self.store[:, :, :, : self.length] = torch.stack([keys, values])
 
@@ -221,15 +221,17 @@ class _Group:
         batch, heads, per, steps, width = query.shape
         keys, values = self.store[:, :, :, : self.length]
         rows, mask = query.reshape(batch, heads, per * steps, width), None
-        if steps > 1 or self.bias is not None:
-            mask = query.new_zeros(steps, self.length)
-            later = torch.ones(steps, self.length, dtype=torch.bool, device=mask.device).triu(self.length - steps + 1)
-            mask = mask.masked_fill(later, -math.inf).repeat(per, 1).expand(batch, heads, -1, -1)
-            if self.bias is not None:
-                mask = torch.cat([mask[..., :1] + self.bias.to(mask)[None, :, None, None], mask[..., 1:]], -1)
+        if steps > 1:
+            mask = query.new_full((steps, self.length), -math.inf).triu(self.length - steps + 1).repeat(per, 1)
+        if self.bias is not None:
+            mask = query.new_zeros(1, self.length) if mask is None else mask
+            mask = mask.repeat(heads, 1, 1)
+            mask[..., :1] += self.bias
         if softcap is None and sink is None:
+            mask = None if mask is None else mask.expand(batch, heads, -1, -1)
             return scaled_dot_product_attention(rows, keys, values, mask, scale=scaling).view(query.shape)
-        mask = None if mask is None else mask.reshape(batch, heads * per, steps, -1)
+        if mask is not None:
+            mask = mask.expand(batch, heads, per * steps, -1).reshape(batch, heads * per, steps, -1)
         sink = None if sink is None else sink.view(-1, per)[self.heads].flatten()
         weights = pattern(None, query.flatten(1, 2), keys, mask, scaling, softcap, s_aux=sink)
         return mix(weights, values).transpose(1, 2).reshape(query.shape)
@@ -327,7 +329,8 @@ class HeadCache(Cache):
         lm.generate(ids, past_key_values=cache, max_new_tokens=50)        # or lm.trace, or plain transformers
 
     A layer is cut as soon as its own attention over the prompt is done, so the peak is what is kept and one whole layer. All
-    that comes later (a question, generated tokens) is kept by every head. Layers with a sliding window keep their window.
+    that comes later (a question, generated tokens) is kept by every head. Layers with a sliding window keep their window. Like
+    every cache it goes on where it is: another prompt needs `reset()` or a cache of its own.
 
     Args:
         model: a loaded decoder.

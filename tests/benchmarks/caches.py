@@ -5,9 +5,11 @@
     razor, adakv, snapkv         heads.HeadCache at a third (0.33) of the bytes, room for new tokens included
     kvpress ...                  its presses at the same share, where kvpress is installed
 
-Fair: the same weights, prompts and steps; ways take turns, several rounds, medians. `ratio` is the decoding speed of razor over
-that of DynamicCache. Set before it was measured: all kept at least 0.95 of DynamicCache at every length; a third kept at the
-longest at least 1.5 of DynamicCache and 1.2 of StaticCache; bytes within 2 % of the share with its room.
+Fair: the same weights, prompts and steps. Decoding takes turns step by step, so that a busy moment meets every way, and a
+multiple is the median over the steps of the quotient of two neighbours. By some ways each prompt is read once more in a
+process of its own, for seconds and peak. `ratio` is the decoding speed of razor over that of DynamicCache. Set before it was measured: all kept at
+least 0.95 of DynamicCache at every length; a third kept at the longest at least 1.5 of DynamicCache and 1.2 of StaticCache;
+bytes within 2 % of the share with its room.
 
 kvpress needs an older transformers: `python -m tests.benchmarks caches` in an environment with kvpress 0.5.4, transformers
 below 5.3 and this package writes a record of its own, `caches-kvpress`, in which ours ran under that transformers, too.
@@ -27,6 +29,7 @@ from heads import plot
 from tests.benchmarks.common import fresh, median, ours, peak_above, row, samples, timed, write
 
 STEPS, ROOM, SHARE = 32, 64, 0.33
+READ = ("DynamicCache", "StaticCache", "all kept", "razor", "kvpress AdaKV")  # in a process of its own each
 PRESSES = {"kvpress StreamingLLM": "StreamingLLMPress", "kvpress SnapKV": "SnapKVPress", "kvpress AdaKV": "AdaKVPress",
            "kvpress CriticalAdaKV": "CriticalAdaKVPress"}  # fmt: skip
 
@@ -78,14 +81,12 @@ class Way:
 
     @torch.no_grad()
     def go_on(self, state, ids=None):
-        """Logits of these tokens at once, or greedy steps; positions count from the prompt's length."""
+        """(cache, logits, length) after these tokens, or after the likeliest one; positions count from the prompt's length."""
         cache, logits, length = state
-        parts = [ids] if ids is not None else [None] * STEPS
-        for part in parts:
-            part = logits[:, -1:].argmax(-1) if part is None else part
-            at = torch.arange(length, length + part.shape[1])[None]
-            logits, length = self.module(part, past_key_values=cache, position_ids=at, use_cache=True).logits, length + part.shape[1]
-        return logits
+        part = logits[:, -1:].argmax(-1) if ids is None else ids
+        self.module.set_attn_implementation("heads" if self.policy else "sdpa")
+        at = torch.arange(length, length + part.shape[1])[None]
+        return cache, self.module(part, past_key_values=cache, position_ids=at, use_cache=True).logits, length + part.shape[1]
 
 
 def held(cache) -> int:
@@ -95,31 +96,33 @@ def held(cache) -> int:
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
 
-def times(length: int, rounds: int) -> dict:
-    """Medians of every way, in turns, and the bytes that it holds when the prompt is read."""
+def times(length: int) -> dict:
+    """Seconds of every step of every way, in turns, and the bytes that each holds when the prompt is read."""
     model, ids = ours(), samples(1, length)[0].ids[:, :length]
     chosen = policies(model)
     found = {name: Way(model, name, chosen) for name in ways()}
-    seconds = {name: {"prefill": [], "decode": []} for name in found}
-    size = {}
-    for i in range(rounds + 1):
+    states = {name: way.read(ids) for name, way in found.items()}
+    size, seconds = {name: held(state[0]) for name, state in states.items()}, {name: [] for name in found}
+    for i in range(STEPS + 2):
         for name, way in found.items():
-            first, state = timed(way.read, ids)
-            size[name] = held(state[0])
-            then, _ = timed(way.go_on, state)
-            if i:  # the first warms up
-                seconds[name]["prefill"].append(first)
-                seconds[name]["decode"].append(then)
-    return {name: {"prefill_tokens_per_second": ids.shape[1] / median(s["prefill"]), "decode_tokens_per_second": STEPS / median(s["decode"]),
-                   "bytes": size[name]} for name, s in seconds.items()} | {"tokens": ids.shape[1]}  # fmt: skip
+            took, states[name] = timed(way.go_on, states[name])
+            if i > 1:  # the first two warm up
+                seconds[name].append(took)
+    return {name: {"seconds": seconds[name], "bytes": size[name]} for name in found} | {"tokens": ids.shape[1]}
 
 
-def peak(length: int, name: str) -> int:
-    """Peak of reading the prompt, above the loaded model."""
-    model = ours()
+def times_of(ways: dict, peer: str) -> dict:
+    """How many times as fast as the peer each way decodes: median over the steps of the quotient in one turn."""
+    return {n: median([p / own for p, own in zip(ways[peer]["seconds"], way["seconds"])]) for n, way in ways.items()}
+
+
+def reading(length: int, name: str) -> tuple[int, float]:
+    """Peak of reading the prompt, above the loaded model, and its seconds."""
+    model, ids = ours(), samples(1, length)[0].ids[:, :length]
     way, short = Way(model, name, policies(model)), samples(1, 600)[0].ids
     way.read(short)
-    return peak_above(way.read, samples(1, length)[0].ids[:, :length])[0]
+    top, (seconds, _) = peak_above(timed, way.read, ids)
+    return top, seconds
 
 
 def accuracy(prompts: int, length: int) -> dict:
@@ -131,7 +134,7 @@ def accuracy(prompts: int, length: int) -> dict:
         for sample in needles:
             split, answer = sample.ids.shape[1] - 24, sample.answer_ids
             rest = torch.cat([sample.ids[:, split:], answer[None, :-1]], 1)
-            logits = way.go_on(way.read(sample.ids[:, :split]), rest)[0, -len(answer) :]
+            logits = way.go_on(way.read(sample.ids[:, :split]), rest)[1][0, -len(answer) :]
             right.append((logits.argmax(-1) == answer).float().mean().item())
             losses.append(-logits.log_softmax(-1).gather(1, answer[:, None]).mean().item())
         found[name] = {"token_accuracy": sum(right) / prompts, "nll": sum(losses) / prompts}
@@ -149,22 +152,25 @@ def agree(length: int) -> float:
     differences = []
     for name, theirs in zip(chosen, twin):
         way = Way(model, name, chosen)
-        differences.append((way.go_on(way.read(ids[:, :-24]), ids[:, -24:]) - theirs).abs().max().item())
+        differences.append((way.go_on(way.read(ids[:, :-24]), ids[:, -24:])[1] - theirs).abs().max().item())
     return max(differences)
 
 
 def run(quick: bool = False) -> dict:
-    lengths, rounds, prompts = ((600, 700), 1, 1) if quick else ((1000, 2000, 4000, 8000), 3, 12)
+    lengths, prompts = ((600, 700), 1) if quick else ((1000, 2000, 4000, 8000), 12)
     sizes, difference = [], fresh(agree, 700)
     for length in lengths:
-        found = fresh(times, length, rounds)
+        found = fresh(times, length)
         tokens = found.pop("tokens")
-        for name in found:
-            found[name]["prefill_peak_bytes"] = fresh(peak, length, name)
-            found[name]["share_of_bytes"] = found[name]["bytes"] / (found["DynamicCache"]["bytes"] * (tokens + ROOM) / tokens)
-        speed = {name: way["decode_tokens_per_second"] for name, way in found.items()}
-        sizes.append(row(tokens, 1 / speed["razor"], 1 / speed["DynamicCache"], difference if length == lengths[0] else None,
-                         ways=found, times_dynamic={n: s / speed["DynamicCache"] for n, s in speed.items()}))  # fmt: skip
+        dynamic, static = times_of(found, "DynamicCache"), times_of(found, "StaticCache")
+        for name, way in found.items():
+            way["prefill_peak_bytes"], seconds = fresh(reading, length, name) if name in READ else (None, None)
+            way |= {"prefill_tokens_per_second": tokens / seconds if seconds else None,
+                    "decode_tokens_per_second": 1 / median(way.pop("seconds")),
+                    "share_of_bytes": way["bytes"] / (found["DynamicCache"]["bytes"] * (tokens + ROOM) / tokens)}  # fmt: skip
+        step = 1 / found["DynamicCache"]["decode_tokens_per_second"]
+        sizes.append(row(tokens, step / dynamic["razor"], step, difference if length == lengths[0] else None,
+                         ways=found, times_dynamic=dynamic, times_static=static))  # fmt: skip
     fig, data = draw(sizes)
     name = "caches-kvpress" if importlib.util.find_spec("kvpress") else "caches"
     return write(name, fig, data, quick, unit="seconds for a token", peer_is="DynamicCache with SDPA in plain transformers",
