@@ -6,10 +6,10 @@
     kvpress ...                  its presses at the same share, where kvpress is installed
 
 Fair: the same weights, prompts and steps. Decoding takes turns step by step, so that a busy moment meets every way, and a
-multiple is the median over the steps of the quotient of two neighbours. By some ways each prompt is read once more in a
-process of its own, for seconds and peak. `ratio` is the decoding speed of razor over that of DynamicCache. Set before it was measured: all kept at
-least 0.95 of DynamicCache at every length; a third kept at the longest at least 1.5 of DynamicCache and 1.2 of StaticCache;
-bytes within 2 % of the share with its room.
+multiple is the median over the steps of the quotient of two neighbours. Some ways read each prompt once more in a process of
+their own, for seconds and peak. `ratio` is the decoding speed of razor over that of DynamicCache. Set before it was measured:
+all kept at least 0.95 of DynamicCache at every length; a third kept at the longest at least 1.5 of DynamicCache and 1.2 of
+StaticCache; bytes within 2 % of the share with its room.
 
 kvpress needs an older transformers: `python -m tests.benchmarks caches` in an environment with kvpress 0.5.4, transformers
 below 5.3 and this package writes a record of its own, `caches-kvpress`, in which ours ran under that transformers, too.
