@@ -1,6 +1,7 @@
-"""Notebook 33: its readers choose as they say, and its chance is that of real draws."""
+"""Notebook 33: its readers choose as they say, and what heads have in common is what loops over pairs count."""
 
 import types
+from itertools import permutations
 
 import pytest
 import torch
@@ -55,3 +56,28 @@ def test_the_best_chunk_is_left_out_and_another_read(book):
 def test_random_readers_are_drawn_by_their_number(book):
     one, two = (book.readers[f"random {number}"].choose(look()) for number in (1, 2))
     assert not (one == two).all() and (heads.Reader(6, book.at_random(0)).choose(look()) == one).all()
+
+
+def test_the_mean_of_turned_keys_is_of_its_own_row(book):
+    one, row = look(), list(book.readers).index("mean keys, turned")
+    dice = torch.Generator().manual_seed(7)
+    held = torch.randn(1, 1, 8, 4, 8, generator=dice)  # [prompt, kv_head, chunk, token, d_head]: of the prompt
+    later = torch.randn(len(book.readers), 1, 4, 4, 8, generator=dice)  # and since then, for every reader
+    layer = types.SimpleNamespace(parts=[(held, None, None), (later, None, None)])
+    book.now["cache"] = types.SimpleNamespace(layers=[layer])
+    keys = [held[0, 0, c].mean(0) for c in range(8)] + [later[row, 0, c].mean(0) for c in range(4)]
+    wanted = [[[float(one.queries[0, h, q] @ key) for key in keys] for q in range(2)] for h in range(3)]
+    assert torch.allclose(book.turned_means(one), torch.tensor([wanted]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_picks_in_common_are_counted_over_pairs(kv_heads):
+    lm = types.SimpleNamespace(anatomy=types.SimpleNamespace(n_kv_heads=kv_heads))
+    in_common = run_cells("long-heads", "agreeing", lm=lm)["in_common"]
+    picks = torch.rand(2, 6, 9, generator=torch.Generator().manual_seed(1)).argsort(-1).argsort(-1).lt(4).numpy()
+    for layer in range(2):
+        shared = {True: [], False: []}
+        for a, b in permutations(range(6), 2):
+            shared[a * kv_heads // 6 == b * kv_heads // 6].append((picks[layer, a] & picks[layer, b]).sum() / 4)
+        for found, pairs in zip(in_common(picks), (shared[False], shared[True])):
+            assert found[layer] == pytest.approx(sum(pairs) / len(pairs)) if pairs else found[layer] != found[layer]

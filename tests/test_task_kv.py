@@ -84,3 +84,13 @@ def test_judged_is_what_loops_over_tokens_give():
         kl = [sum((p[0, t, w].exp() * (p[0, t, w] - p[i, t, w])).item() for w in range(7)) for t in range(4)]
         hits = [int(p[i, t].argmax()) == int(gold[t]) for t in range(4)]
         assert (found["NLL"][i], found["KL"][i], found["accuracy"][i]) == pytest.approx((np.mean(nll), np.mean(kl), np.mean(hits)), abs=1e-5)
+
+
+def test_a_real_cache_holds_what_any_head_of_a_group_keeps():
+    cells, layer = run_cells(SLUG, "counting"), seen(0)  # 8 query heads on 4 key-value heads
+    dice = torch.Generator().manual_seed(2)
+    rows = [torch.randperm(N, generator=dice)[: 7 + h].sort().values for h in range(HEADS - 1)] + [None]
+    assert cells["counted"](lambda _: Keep(rows), 0.4)(layer).tokens == rows
+    wanted = [set(range(N)) if row is None else set(row.tolist()) for row in rows]
+    union = sum(len(wanted[2 * g] | wanted[2 * g + 1]) for g in range(4)) / (4 * N)
+    assert cells["held"] == {0.4: [pytest.approx(union)]}
