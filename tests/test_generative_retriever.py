@@ -35,7 +35,7 @@ def load(*tags, **names):
     return types.SimpleNamespace(**found)
 
 
-book = load("read", "index", "search", "weight")
+book = load("index", "read", "search", "weight")
 
 
 def follow(lines, prefix):
