@@ -6,5 +6,5 @@ WRONG = [
         "    return tree.allowed(begun) + ([STOP] if written and not begun else [])",
         "a used label is written again",
     ),
-    ("def tokens_by_hand(n, m, w, n_layers=30, cut=26):\n    return n + m + max(0, w - 1)", "only the layers from the cut on"),
+    ("def tokens_by_hand(n, m, w, n_layers=30, cut=26):\n    return n + m + max(0, w - 1)", "layers from the cut on"),
 ]
