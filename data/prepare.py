@@ -54,7 +54,8 @@ def definitions(sources: build.Sources) -> list[tuple[str, str]]:
     """(source, definition), each text once, in the order of their checksums; without terms of the label tasks."""
     shown = {json.loads(line)["text"].lower() for file in sorted((HERE / "labels").glob("*.jsonl"))
              for line in file.read_text(encoding="utf-8").splitlines()}  # fmt: skip
-    found = [(name, t["label"], t.get("description") or "") for name, member in OBO.items() for t in sources.obo(member).values()]
+    found = [(name, term["label"], term.get("description") or "")
+             for name, member in OBO.items() for term in sources.obo(member).values()]  # fmt: skip
     found += [("edam", row["name"], row["definition"]) for row in build.edam(sources)]
     rows = map(json.loads, (HERE / "esco.jsonl").read_text(encoding="utf-8").splitlines())
     found += [("esco", row["name"], row["description"]) for row in rows]
@@ -88,10 +89,10 @@ class Words:
     def logits(self, ids: list[list[int]], at: list[list[int]]) -> torch.Tensor:
         """Over the vocabulary, `[masked place of all texts, piece]`; only these places are computed."""
         longest, pad, t = max(map(len, ids)), self.tokenizer.pad_token_id, self.trained
-        given = {"input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=self.device),
-                 "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.device)}  # fmt: skip
+        filled = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=self.device)
+        real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self.device)
         weights = {name: w + t[f"{name}.b"] @ t[f"{name}.a"] for name, w in self.base.items()}
-        hidden = functional_call(self.body, weights, (), given)[0]
+        hidden = functional_call(self.body, weights, (), {"input_ids": filled, "attention_mask": real})[0]
         rows = [i for i, places in enumerate(at) for _ in places]
         hidden = hidden[rows, [place for places in at for place in places]]
         states = layer_norm(gelu(hidden @ t["dense"].T + t["dense.bias"]), hidden.shape[-1:], t["norm"], t["norm.bias"])
@@ -115,7 +116,8 @@ def report(words: Words, texts, sources: list[str], commonest: int) -> dict:
     source = np.array([name for name, (_, _, at) in zip(sources, texts) for _ in at])
     pieces = words.tokenizer.convert_ids_to_tokens(truth)
     long = np.array([len(piece.lstrip("#")) >= 4 for piece in pieces])
-    return {"masked pieces": len(hit), "named": round(float(hit.mean()), 4), "commonest piece": round(truth.count(commonest) / len(truth), 4),
+    return {"masked pieces": len(hit), "named": round(float(hit.mean()), 4),
+            "commonest piece": round(truth.count(commonest) / len(truth), 4),
             "named, four letters or more": round(float(hit[long].mean()), 4),
             "by source": {name: round(float(hit[source == name].mean()), 4) for name in sorted(set(sources))}}  # fmt: skip
 
@@ -159,9 +161,11 @@ def main(words_: list[str] | None = None) -> int:
     steps = min(options.steps or len(batches), len(batches))
     done = heads.fit(words.trained, loss, batches, steps=steps, batch=1, lr=RATE, schedule="linear", seed=SEED, name="words")
     after = report(words, held, names, commonest)
-    found = {"definitions": len(pairs), "words": sum(len(text.split()) for _, text in pairs), "trained on": len(rows), "steps": steps,
-             "pieces": sum(len(ids[row]) for batch in batches[:steps] for row in batch), "gate": GATE, "untuned": before, "tuned": after,
-             "loss": [round(float(np.mean(done.losses[a : a + max(1, steps // 10)])), 3) for a in range(0, steps, max(1, steps // 10))]}  # fmt: skip
+    tenth = max(1, steps // 10)
+    found = {"definitions": len(pairs), "words": sum(len(text.split()) for _, text in pairs), "trained on": len(rows),
+             "steps": steps, "pieces": sum(len(ids[row]) for batch in batches[:steps] for row in batch), "gate": GATE,
+             "untuned": before, "tuned": after,
+             "loss": [round(float(np.mean(done.losses[a : a + tenth])), 3) for a in range(0, steps, tenth)]}  # fmt: skip
     reached = after["named"] >= GATE
     found["reached"] = bool(reached)
     print(json.dumps(found, indent=1), f"\n{time.process_time() - began:.0f} seconds of processor time")

@@ -23,14 +23,11 @@ TEXTS = ["a red thing", "the blue one of them", "north"]
 @pytest.fixture(scope="module")
 def book():
     lm = tiny("bert")
-    names = {"re": re, "heads": heads, "lm": lm, "cut": 2, "seed": 0, "batch": 2, "rate": 1e-2, "MASK": lm.tokenizer.mask_token,
+    names = {"re": re, "heads": heads, "lm": lm, "cut": 2, "seed": 0, "batch": 2, "rate": 1e-2,
+             "MASK": lm.tokenizer.mask_token,
              "ANCHOR": "", "SimpleNamespace": SimpleNamespace, "cross_entropy": cross_entropy, "gelu": gelu,
              "layer_norm": layer_norm}  # fmt: skip
     return types.SimpleNamespace(**run_cells("mask-head-classification", "mask", **names))
-
-
-def piece_of(book, word):
-    return book.lm.tokenizer(" " + word, add_special_tokens=False).input_ids
 
 
 def test_the_head_reads_the_state_at_the_mask_and_nothing_else(book):
@@ -63,23 +60,39 @@ def test_tuning_says_the_piece_that_it_is_asked_for_and_leaves_the_model_alone(b
     assert all(torch.equal(body.stack.weights[name], weight) for name, weight in before.items())
 
 
-def test_what_is_blanked_comes_back_in_order_and_the_rest_stays(book):
-    found = 0
-    for seed in range(12):
-        got = book.blanked("the north of the town", np.random.default_rng(seed))
-        if got is None:  # pieces of the tiny vocabulary may join a blank before them
-            continue
-        new, said = got
-        ids, now = book.lm.tokenizer("the north of the town").input_ids, book.lm.tokenizer(new).input_ids
-        mask = book.lm.tokenizer.mask_token_id
-        assert [a for a, b in zip(ids, now) if b == mask] == said and [a for a, b in zip(ids, now) if b != mask] == [b for b in now if b != mask]
-        found += 1
-    assert found
+class Halves:
+    """A tokenizer that cuts words of more than five letters in two."""
+
+    mask_token_id, mask_token = 103, "<mask>"
+
+    def __init__(self):
+        self.vocabulary = {self.mask_token: self.mask_token_id}
+
+    def __call__(self, text, add_special_tokens=True):
+        found = re.findall(r"<mask>|\w+|[^\w\s]", text)
+        cut = [piece for w in found for piece in ((w[:5], "##" + w[5:]) if len(w) > 5 and w != "<mask>" else (w,))]
+        return SimpleNamespace(input_ids=[self.vocabulary.setdefault(piece, 1000 + len(self.vocabulary)) for piece in cut])
 
 
-def test_a_class_of_several_pieces_is_refused_by_name(book):
-    assert book.piece("a") == piece_of(book, "a")[0]
-    with pytest.raises(ValueError, match="'digestion' is .* pieces, not one: rename its class"):
+def test_what_is_blanked_comes_back_in_order_and_the_rest_stays(book, monkeypatch):
+    toy, text = Halves(), "the northernmost of all the settlements, seen"
+    monkeypatch.setattr(book.lm, "tokenizer", toy)
+    ids, seen = toy(text).input_ids, set()
+    for seed in range(20):
+        new, said = book.blanked(text, np.random.default_rng(seed))
+        now = toy(new).input_ids
+        hidden = [i for i, piece in enumerate(now) if piece == toy.mask_token_id]
+        assert [ids[i] for i in hidden] == said and all(a == b for i, (a, b) in enumerate(zip(ids, now)) if i not in hidden)
+        assert len(now) == len(ids) and new.count("<mask>") == len(said)
+        seen |= set(hidden)
+    assert seen == set(range(len(ids)))  # every piece has its turn, and a word of two pieces is hidden whole
+
+
+def test_a_class_of_several_pieces_is_refused_by_name(book, monkeypatch):
+    toy = Halves()
+    monkeypatch.setattr(book.lm, "tokenizer", toy)
+    assert book.piece("heart") == toy("heart").input_ids[0]
+    with pytest.raises(ValueError, match="'digestion' is 2 pieces, not one: rename its class"):
         book.piece("digestion")
 
 
