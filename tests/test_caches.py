@@ -179,8 +179,8 @@ def test_ours_and_plain_transformers_generate_the_same_from_a_cut_cache(llama):
     ids, how = ids_of(llama, LENGTH), dict(max_new_tokens=10, do_sample=False)
     policy = policies.razor([(1, 0)], None, 2)
     plain = llama._module.generate(ids, past_key_values=heads.HeadCache(llama, policy, 0.5, ROOM), **how)
-    with llama.generate(ids, past_key_values=heads.HeadCache(llama, policy, 0.5, ROOM), **how):
-        ours = llama.generator.output.save()
+    with llama.generate(ids, past_key_values=heads.HeadCache(llama, policy, 0.5, ROOM), **how) as generated:
+        ours = generated.result.save()
     assert torch.equal(ours, plain)
     assert not torch.equal(plain, llama._module.generate(ids, **how)), "an example in which forgetting shows"
     traced, _ = real(llama, ids_of(llama, LENGTH + QUESTION), policy, 0.5, run=lambda *a, **k: type("", (), {"logits": logits_of(llama, *a, **k)}))

@@ -102,8 +102,8 @@ def test_forks_read_as_caches_of_their_own(llama):
 def test_ours_and_plain_transformers_generate_the_same(llama):
     ids, how = ids_of(llama, LENGTH), dict(max_new_tokens=12, do_sample=False)
     plain = llama._module.generate(ids, past_key_values=ChunkCache(llama, SIZE, Reader(3)), **how)
-    with llama.generate(ids, past_key_values=ChunkCache(llama, SIZE, Reader(3)), **how):
-        ours = llama.generator.output.save()
+    with llama.generate(ids, past_key_values=ChunkCache(llama, SIZE, Reader(3)), **how) as generated:
+        ours = generated.result.save()
     assert torch.equal(ours, plain)
     full = llama._module.generate(ids, past_key_values=ChunkCache(llama, SIZE, Reader(None)), **how)
     assert torch.equal(full, llama._module.generate(ids, **how)) and not torch.equal(full, plain)
