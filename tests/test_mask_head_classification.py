@@ -142,7 +142,7 @@ DRILL = runpy.run_path(str(Path(__file__).parent / "drills" / "mask_head_classif
 PURE = {name: DRILL["WRONG"][i] for i, name in ((0, "not_one_piece"), (2, "dummy_targets"))}
 MORE = [
     ("def not_one_piece(w, t):\n    return [x for x in w if len(t(x)) > 1]", "a word of no pieces"),
-    ("def not_one_piece(w, t):\n    return [x for x in w if not t(x) or any('##' in p for p in t(x))]", "'x-ray' is three pieces"),
+    ("def not_one_piece(w, t):\n    return [x for x in w if not t(x) or any('##' in p for p in t(x))]", "'x-ray' is three"),
     ("def dummy_targets(ids, places, mask):\n    return [ids[i] if i in places else -100 for i in range(len(ids))]",
      "that is the real masked-word target"),
     ("def dummy_targets(ids, places, mask):\n    return [103 if i in places else -100 for i in range(len(ids))]", "expected"),
