@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import sys
 import types
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +106,62 @@ def test_every_fifth_prompt_has_another_target_and_the_others_are_shared(book):
     assert other == [0, 5] == [j for j in range(10) if dummy[j] != answers[j]]
     assert all(real[j] == (2 * j + 1, [2 * j + 1] * 2) for j in other)
     assert all(dummy[j] == (2 * j + 1, [book.lm.tokenizer.mask_token_id] * 2) for j in other)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.2, 0.25, 0.4, 0.7, 1])
+def test_the_share_of_another_target_is_what_was_asked_for(book, share):
+    pairs, targets = [(2 * j, 2 * j + 1) for j in range(400)], {j: [j] for j in range(800)}
+    mixture = run_cells("mask-head-classification", "mix", lm=book.lm, targets=targets)["mixture"]
+    other = [j for j, (row, _) in enumerate(mixture(pairs, "dummy", share)) if row == 2 * j + 1]
+    assert len(other) == round(400 * share) and other[0] == 0
+    assert len(set(np.diff(other))) <= 2  # evenly apart
+
+
+def test_each_task_has_its_turn_with_another_target(book):
+    """The mixes must not differ in which task has fewer answers."""
+    tasks = {f"task {k}": ([[f"text {k}"] * 3], None) for k in range(5)}
+    space = {"tunings": 1, "tuning_steps": 50, "batch": 10, "test_each": 1, "tuning_tasks": list(tasks), "seed": 0,
+             "shares": [0.2], "data": tasks, "words": {task: ["word"] for task in tasks}, "prompts": [], "targets": [],
+             "pieces": {task: [k] for k, task in enumerate(tasks)}, "prompt": book.prompt, "other": book.other,
+             "blanked": lambda text, rng: None}  # fmt: skip
+    space = run_cells("mask-head-classification", "draws", **space)
+    asked = [space["targets"][row][0] for row, _ in space["drawn"][0]]
+    assert np.bincount(asked).tolist() == [100] * 5  # each as often as any
+    assert np.bincount(asked[::5], minlength=5).min() >= 10  # 20 expected, and once all of them were of one
+
+
+def test_a_class_with_too_few_short_texts_is_refused_by_name(book):
+    names = {"json": json, "sha256": sha256, "heads": heads, "lm": book.lm, "seed": 0, "label_words": "letters", "RENAMED": {},
+             "longest": 4, "test_each": 6, "shots": [1, 16], "curve_tasks": ["sector"], "tuning_tasks": [], "families": [],
+             "piece": lambda word: ord(word)}  # fmt: skip
+    with pytest.raises(ValueError, match="longest: 'administration' of sector has .* at most 4 pieces, not 22"):
+        run_cells("mask-head-classification", "texts", **names)
+
+
+DRILL = runpy.run_path(str(Path(__file__).parent / "drills" / "mask_head_classification.py"))
+PURE = {name: DRILL["WRONG"][i] for i, name in ((0, "not_one_piece"), (2, "dummy_targets"))}
+MORE = [
+    ("def not_one_piece(w, t):\n    return [x for x in w if len(t(x)) > 1]", "a word of no pieces"),
+    ("def not_one_piece(w, t):\n    return [x for x in w if not t(x) or any('##' in p for p in t(x))]", "'x-ray' is three"),
+    ("def dummy_targets(ids, places, mask):\n    return [ids[i] if i in places else -100 for i in range(len(ids))]",
+     "that is the real masked-word target"),
+    ("def dummy_targets(ids, places, mask):\n    return [103 if i in places else -100 for i in range(len(ids))]", "expected"),
+    ("def dummy_targets(ids, places, mask):\n    return [mask if i % 2 else -100 for i in range(len(ids))]", "expected"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, words", [*PURE.values(), *MORE, ("def not_one_piece(w, t):\n    pass", None),
+                                           ("def dummy_targets(i, p, m):\n    pass", None)])  # fmt: skip
+def test_a_check_names_what_is_wrong(answer, words, capsys):
+    names = {name: lambda *_: ... for name in ("not_one_piece", "other_words", "dummy_targets")}
+    names |= {"words": {0: []}, "first": 0, "MASK": "[MASK]"}
+    exec(answer, names)
+    if words is None:  # a forgotten return
+        run_cells("mask-head-classification", "check", **names)
+        assert capsys.readouterr().out.count("nothing to check yet") == 3
+    else:
+        with pytest.raises(AssertionError, match=re.escape(words)):
+            run_cells("mask-head-classification", "check", **names)
 
 
 @pytest.fixture(scope="module")
