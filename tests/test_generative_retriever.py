@@ -10,6 +10,7 @@ import types
 from collections import defaultdict
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import heads
+from heads.course import papers
 
 SLUG = "generative-retriever"
 LINES = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=8)
@@ -36,6 +38,12 @@ def load(*tags, **names):
 
 
 book = load("index", "read", "search", "weight")
+
+
+def source_of(tag):
+    """The source of the first cell with a tag."""
+    cells = nbformat.read(papers.notebook(SLUG), 4).cells
+    return next(cell.source for cell in cells if tag in cell.metadata.get("tags", []))
 
 
 def follow(lines, prefix):
@@ -136,10 +144,38 @@ def test_documents_of_a_file_and_one_that_is_not_there(tmp_path):
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(ValueError, match="holds no text"):
         book.documents(str(path))
+    for row in ({"text": "One."}, {"title": "c"}, ["title", "text"]):
+        path.write_text("\n".join(map(json.dumps, [rows[0], row])))
+        with pytest.raises(ValueError, match='line 2: a document needs both "title" and "text"'):
+            book.documents(str(path))
+
+
+WRONG = [
+    ("def follow(lines, prefix): return sorted(right_follow(lines, prefix))", "not a list"),
+    ("def follow(lines, prefix):\n    rows, cut = [''.join(map(str, row)) for row in lines], ''.join(map(str, prefix))\n"
+     "    return {int(row[i + len(cut)]) for row in rows for i in range(len(row) - len(cut)) if row[i:].startswith(cut)}",
+     "compare tokens"),
+    ("def follow(lines, prefix):\n    return {line[len(prefix)] for line in lines if line[: len(prefix)] == prefix != line}",
+     "anywhere in it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "words"), WRONG)
+def test_the_first_check_says_what_is_wrong_and_takes_the_solution(wrong, words, capsys):
+    cells = {tag: source_of(tag) for tag in ("solution", "check")}
+    names = {**vars(book)}
+    exec(cells["solution"].replace("def follow", "def right_follow").split("\n\n\n")[0], names)
+    exec(wrong, names)
+    with pytest.raises(AssertionError, match=words):
+        exec(cells["check"], names)
+    for nothing in ("...", "None"):
+        exec(f"def follow(lines, prefix): return {nothing}\n" + cells["check"], names)
+    exec(cells["solution"] + "\n" + cells["check"], names)
+    assert capsys.readouterr().out.count("nothing to check yet") == 2
 
 
 def test_too_few_sentences_to_ask_for_are_counted():
-    with pytest.raises(ValueError, match="0 sentences to ask for, fewer than queries=2"):
+    with pytest.raises(ValueError, match=r"0 sentences to ask for \(8 to 30 words .* a-z\), fewer than queries=2"):
         load("questions", frequency={}, sentence=["too short"], np=np)
 
 
