@@ -456,3 +456,22 @@ def test_a_pattern_behind_a_masked_prefix_is_refused(llama):
                     llama.layers[1].attn.pattern.save()
                 else:
                     llama.layers[1].attn.pattern[:] = 0
+
+
+@pytest.mark.parametrize("kind", ["quantized", "offloaded"])
+def test_a_quantised_or_offloaded_cache_beside_ours_is_refused(llama, kind):
+    with pytest.raises(ValueError, match="cache_implementation.*past_key_values.*unsupported"):  # by transformers itself
+        llama._module.generate(ids_of(llama, 20), past_key_values=heads.HeadCache(llama, policies.everything), cache_implementation=kind, max_new_tokens=3)
+
+
+def test_a_second_prompt_without_reset_goes_on_behind_the_first(llama):
+    one, other, cache = ids_of(llama, 20), ids_of(llama, 20, seed=7), heads.HeadCache(llama, policies.everything)
+    logits_of(llama, one, past_key_values=cache, use_cache=True)
+    near(logits_of(llama, other, past_key_values=cache, use_cache=True), logits_of(llama, torch.cat([one, other], 1))[:, 20:])
+
+
+def test_a_layer_is_cut_before_the_next_one_is_read(llama):
+    held = []
+    cache = heads.HeadCache(llama, lambda seen: (held.append(cache.nbytes()), policies.recent(2)(seen))[1], 0.5, ROOM)
+    llama._module(ids_of(llama, LENGTH), past_key_values=cache)
+    assert held == [layer * cache.nbytes() // 4 for layer in range(4)]

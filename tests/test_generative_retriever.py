@@ -207,3 +207,11 @@ def test_a_split_hides_each_fact_from_one_size_and_a_single_model_sees_what_the_
         np.testing.assert_array_equal(a[:, 2 * s.batch : 3 * s.batch], b)
     with pytest.raises(ValueError, match="there are 2 to"):
         s.world(1, np.random.default_rng(0))
+
+
+def test_a_question_without_words_finds_nothing():
+    source = next(c.source for c in nbformat.read(papers.notebook(SLUG), 4).cells if "def bm25(bags" in c.source)
+    names = {"np": np, "bm25s": pytest.importorskip("bm25s")}
+    exec(source.split("\n\n\nlines = ")[0], names)
+    found = names["bm25"]([["a", "b"], ["c"]], [["a"], []])
+    assert found[0, 0] > 0 and not found[1].any()

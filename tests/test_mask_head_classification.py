@@ -186,3 +186,11 @@ def test_what_missed_its_gate_is_not_shipped(prepare):
     found = json.loads((DATA / "prepare.json").read_text(encoding="ascii"))
     assert found["gate"] == prepare.GATE == 0.35 and found["reached"] == (found["tuned"]["named"] >= prepare.GATE)
     assert (DATA / "minilm-mlm.safetensors").exists() == found["reached"]
+
+
+def test_two_classes_of_the_same_piece_are_refused(book):
+    names = {"json": json, "sha256": sha256, "heads": heads, "lm": book.lm, "seed": 0, "label_words": "letters", "RENAMED": {},
+             "longest": 200, "test_each": 1, "pool_each": 1, "shots": [1], "curve_tasks": ["sector"], "tuning_tasks": [],
+             "families": [], "piece": lambda word: 7}  # fmt: skip
+    with pytest.raises(ValueError, match="two classes of a task have the same word"):
+        run_cells("mask-head-classification", "texts", **names)

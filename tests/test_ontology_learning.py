@@ -180,3 +180,12 @@ def test_an_interval_resamples_families():
     family = spread([1.0] * 20 + [0.0] * 20, [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10)
     assert family[0] < alone[0] < 0.5 < alone[1] < family[1]
     assert math.isnan(spread([1.0], [0])[0])
+
+
+def test_a_cycle_and_two_roots_in_a_file_are_read_and_split(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"child": c, "parent": p} for c, p in (("a", "b"), ("b", "a"), ("c", "d"))]))
+    names, parents = book.read(str(path))
+    assert (names, parents) == (["a", "b", "c", "d"], [[1], [0], [3], []])
+    assert sorted(np.concatenate(book.split(parents, np.random.default_rng(0)))) == [0, 1, 2]
+    assert book.subtree(parents, 0) == [(0, 0), (1, 1)] and book.subtree(parents, 3) == [(3, 0), (2, 1)]

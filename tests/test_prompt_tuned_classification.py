@@ -2,14 +2,19 @@
 
 from difflib import SequenceMatcher
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from cells import run_cells
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.model_selection import KFold
 from transformers.cache_utils import DynamicCache
 
 import heads
+from heads.course import papers
 
 SLUG, ROOM, STOP = "prompt-tuned-classification", 7, 203
 LABELS = ["ab", "abc", "xy"]
@@ -90,3 +95,14 @@ def test_f1_is_that_of_scikit_learn(book):
 
 def test_an_invalid_string_is_mended_to_the_nearest_letters(book):
     assert book["mended"](["abc", "xyz"]) == ["abc", "xy"]
+
+
+def test_a_label_of_one_company_and_one_of_nobody(book):
+    source = next(c.source for c in nbformat.read(papers.notebook(SLUG), 4).cells if "class LinearHead" in c.source)
+    names = {**book, "clone": clone, "LogisticRegression": LogisticRegression, "KFold": KFold}
+    exec(source.split("\n\n\nids_answers")[0], names)
+    x, y = np.random.default_rng(0).normal(size=(12, 3)), np.zeros((12, 3), bool)
+    y[0, 0] = y[::2, 1] = True
+    for kind, values in (("LinearHead", [1.0, 10.0]), ("Neighbours", [1, 3])):
+        chance = names["tuned"](names[kind], values, x, y)[1].chance(x)
+        assert chance.shape == (12, 3) and np.isfinite(chance).all() and not chance[:, 2].any(), kind

@@ -94,3 +94,9 @@ def test_half_precision_leaves_rotary_frequencies(tmp_path):
     model = heads.load(str(tmp_path / "m"), device="cpu", dtype="bfloat16")
     copy = _copy(model, [(0, 0)], [])
     assert copy.model.rotary_emb.inv_freq.dtype == torch.float32 and copy.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_family_whose_copy_is_not_the_ablated_model_is_refused(llama, monkeypatch):
+    monkeypatch.setattr("heads.lab.pruning._copy", lambda model, gone, removed: _copy(model, [], []))  # forgets to remove
+    with pytest.raises(ValueError, match="llama model without these heads is not the ablated one.*cannot be pruned"):
+        heads.prune(llama, [(0, 1)])

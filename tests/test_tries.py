@@ -82,3 +82,11 @@ def test_several_labels_are_written_and_none_twice(seed, most):
     done, open_ = trie.split(out[: out.index(end)])
     assert not open_ and 1 <= len(done) <= min(most, len(names))
     assert set(done) <= set(names) and len(set(done)) == len(done)
+
+
+def test_labels_in_other_scripts():
+    model, names = tiny("llama"), ["東京", "東京都", "Ω"]
+    trie = heads.Trie({n: model.tokenizer(n, add_special_tokens=False).input_ids for n in names}, model.tokenizer.eos_token_id)
+    prompt = model.ids("où: ")
+    out = model._module.generate(prompt, prefix_allowed_tokens_fn=trie.constraint(prompt.shape[1]), max_new_tokens=40, do_sample=False, attention_mask=torch.ones_like(prompt), pad_token_id=0)
+    assert trie.read(out[0, prompt.shape[1] :].tolist()) in names

@@ -31,7 +31,7 @@ from tests.benchmarks.common import fresh, median, ours, peak_above, row, sample
 STEPS, ROOM, SHARE = 32, 64, 0.33
 READ = ("DynamicCache", "StaticCache", "all kept", "razor", "kvpress AdaKV")  # in a process of its own each
 PRESSES = {"kvpress StreamingLLM": "StreamingLLMPress", "kvpress SnapKV": "SnapKVPress", "kvpress AdaKV": "AdaKVPress",
-           "kvpress CriticalAdaKV": "CriticalAdaKVPress"}  # fmt: skip
+           "kvpress CriticalAdaKV": "CriticalAdaKVPress", "kvpress KVzip": "KVzipPress"}  # fmt: skip
 
 
 def policies(model) -> dict:
