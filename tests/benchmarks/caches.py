@@ -189,7 +189,7 @@ def draw(sizes: list[dict]):
         axes[0].plot(tokens, [size["times_dynamic"][name] for size in sizes], **style)
         axes[1].plot(tokens, [size["ways"][name]["share_of_bytes"] for size in sizes], **style)
     axes[0].set(title="Decoding speed", xlabel="prompt (tokens)", ylabel="times DynamicCache", ylim=(0, None))
-    axes[1].set(title="Bytes held", xlabel="prompt (tokens)", ylabel="share of a whole cache with the same room", ylim=(0, 1.1))
+    axes[1].set(title="Bytes held, room included", xlabel="prompt (tokens)", ylabel="share of a whole cache", ylim=(0, 1.1))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     data = [{"tokens": s["size"], "way": n, "times_dynamic": s["times_dynamic"][n], **s["ways"][n]} for s in sizes for n in names]
     return fig, plot.pd.DataFrame(data)
