@@ -71,9 +71,13 @@ class Way:
             return StaticCache(self.module.config, max_cache_len=length + ROOM)
         return DynamicCache()
 
+    def turn(self):
+        """Its attention is the model's from now on; no part of what is timed in decoding."""
+        self.module.set_attn_implementation("heads" if self.policy else "sdpa")
+
     @torch.no_grad()
     def read(self, ids):
-        self.module.set_attn_implementation("heads" if self.policy else "sdpa")
+        self.turn()
         cache = self.cache(ids.shape[1])
         with press(PRESSES[self.name])(self.module) if self.name in PRESSES else nullcontext():
             logits = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -84,7 +88,6 @@ class Way:
         """(cache, logits, length) after these tokens, or after the likeliest one; positions count from the prompt's length."""
         cache, logits, length = state
         part = logits[:, -1:].argmax(-1) if ids is None else ids
-        self.module.set_attn_implementation("heads" if self.policy else "sdpa")
         at = torch.arange(length, length + part.shape[1])[None]
         return cache, self.module(part, past_key_values=cache, position_ids=at, use_cache=True).logits, length + part.shape[1]
 
@@ -105,6 +108,7 @@ def times(length: int) -> dict:
     size, seconds = {name: held(state[0]) for name, state in states.items()}, {name: [] for name in found}
     for i in range(STEPS + 2):
         for name, way in found.items():
+            way.turn()
             took, states[name] = timed(way.go_on, states[name])
             if i > 1:  # the first two warm up
                 seconds[name].append(took)
